@@ -1,0 +1,435 @@
+"""Every setting of the service: its environment variable, what it may be, and what is wrong with the one you gave.
+
+The model is the only list of settings: `ragrack config check`, the table in docs/settings.md and the app's own
+start all read it. Nothing here imports LlamaIndex, so a check costs no more than pydantic's import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AnyHttpUrl, BeforeValidator, Field, SecretStr, StringConstraints, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "RAGRACK_"
+# What a user's shell holds to reach a service (`bin/demo env`): no settings of the service itself.
+CLIENT_VARIABLES = frozenset({"RAGRACK_URL", "RAGRACK_CA", "RAGRACK_KEY"})
+# By systemd's LoadCredentialEncrypted; a secret never has a variable, as /proc/<pid>/environ shows those.
+SECRETS = {"llm_api_key": "credentials_llm_api_key"}
+SPECIAL_TOKENS = 2
+MODEL_MAX_TOKENS = {"minilm": 256}
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+CollectionName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)]
+
+
+class Settings(BaseSettings):
+    """The service's settings, read from RAGRACK_* variables. Immutable: a change of settings is a new release."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+
+    collections: Annotated[tuple[CollectionName, ...], NoDecode, BeforeValidator(_split)] = Field(
+        min_length=1,
+        description="Names of the collections served, separated by commas; a query that names none goes to the first.",
+        examples=["postgres"],
+    )
+    index_dir: Path = Field(
+        Path("/var/lib/ragrack/indexes"),
+        description="Where index snapshots live.",
+        examples=["/var/lib/ragrack/indexes"],
+    )
+    documents_dir: Path = Field(
+        Path("/var/lib/ragrack/documents"),
+        description="Where documents to ingest live, a directory per collection.",
+        examples=["/var/lib/ragrack/documents"],
+    )
+    golden_dir: Path = Field(
+        Path("/etc/ragrack/golden"),
+        description="Where golden questions live, as <collection>.yml.",
+        examples=["/etc/ragrack/golden"],
+    )
+    golden_min_hit_rate: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="Share of golden questions whose source must be retrieved, where the file gives none.",
+        examples=["0.8"],
+    )
+
+    embed_provider: Literal["minilm"] = Field("minilm", description="Which embedding model.", examples=["minilm"])
+    embed_model_dir: Path = Field(
+        Path("/opt/ragrack/current/models/all-minilm-l6-v2"),
+        description="Holds model.onnx, tokenizer.json and model.json. The unit sets it to its release's.",
+        examples=["/opt/ragrack/current/models/all-minilm-l6-v2"],
+    )
+    embed_threads: int = Field(
+        1, ge=1, le=64, description="Threads of one embedding; more than 1 is slower under load.", examples=["1"]
+    )
+    chunk_size: int = Field(
+        254, ge=32, le=8192, description="Length of a node, in tokens of the embedding model.", examples=["254"]
+    )
+    chunk_overlap: int = Field(
+        32, ge=0, le=4096, description="Tokens that a node shares with the one before it.", examples=["32"]
+    )
+
+    top_k: int = Field(5, ge=1, le=50, description="Nodes retrieved for a query that does not say.", examples=["5"])
+    similarity_cutoff: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description='Nodes less similar than this are dropped; when none is left the answer is "I don\'t know".',
+        examples=["0.3"],
+    )
+    answer: Literal["extractive", "generate"] = Field(
+        "extractive",
+        description="How a query that does not say is answered: by the sentences that answer, or by the LLM.",
+        examples=["extractive"],
+    )
+
+    llm_provider: Literal["openai_like"] = Field(
+        "openai_like", description="Which interface the LLM has.", examples=["openai_like"]
+    )
+    llm_base_url: AnyHttpUrl | None = Field(
+        None, description="Base URL of the LLM's OpenAI-compatible API.", examples=["http://127.0.0.1:8081/v1"]
+    )
+    llm_model: str | None = Field(
+        None, min_length=1, description="Name of the model at that API.", examples=["smollm2-135m-instruct"]
+    )
+    llm_api_key: SecretStr | None = Field(
+        None, description="Key of that API: the systemd credential `credentials_llm_api_key`, never a variable."
+    )
+    llm_timeout: float = Field(
+        30,
+        gt=0,
+        le=600,
+        description="Seconds that the LLM has for an answer before the sentences are given instead.",
+        examples=["30"],
+    )
+    context_window: int = Field(
+        2048, ge=256, le=10_000_000, description="Tokens that the LLM reads and writes in all.", examples=["2048"]
+    )
+    num_output: int = Field(
+        128, ge=1, le=1_000_000, description="Tokens that the LLM may write in an answer.", examples=["128"]
+    )
+
+    api_keys_file: Path = Field(
+        Path("/etc/ragrack/api-keys.json"),
+        description="Hashes of the API keys; re-read when it changes.",
+        examples=["/etc/ragrack/api-keys.json"],
+    )
+    release: str = Field(
+        "dev",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$",
+        max_length=128,
+        description="Id of the release. The unit sets it.",
+        examples=["0.1.0-0123456789ab"],
+    )
+    runtime_dir: Path = Field(
+        Path("/run/ragrack/dev"),
+        description="Directory of the socket and of the gate's key. The unit sets it.",
+        examples=["/run/ragrack/0.1.0-0123456789ab"],
+    )
+
+    workers: int = Field(2, ge=1, le=256, description="gunicorn workers.", examples=["2"])
+    worker_class: Literal["uvicorn", "asgi"] = Field(
+        "uvicorn", description="gunicorn's worker: uvicorn's, or its own.", examples=["uvicorn"]
+    )
+    graceful_timeout: int = Field(
+        30, ge=1, le=3600, description="Seconds that requests in flight have when a release stops.", examples=["30"]
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe of the service's own log lines that is written.", examples=["info"]
+    )
+
+    @property
+    def default_collection(self) -> str:
+        return self.collections[0]
+
+    @property
+    def socket(self) -> Path:
+        return self.runtime_dir / "gunicorn.sock"
+
+    @property
+    def gate_key_file(self) -> Path:
+        return self.runtime_dir / "gate.key"
+
+
+class _OnlyGiven(Settings):
+    """Settings out of the values given and nothing else, whatever this process' environment holds."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the settings: which variable, what is wrong with its value, and what mends it."""
+
+    variable: str
+    problem: str
+    mend: str
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.variable}: {self.problem}\n  mend: {self.mend}"
+
+
+class SettingsError(Exception):
+    """The settings do not hold; `problems` has all of what is wrong."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        heading = f"{count} problem{'s' if count > 1 else ''} with the settings:"
+        super().__init__("\n".join([heading, *(f"- {problem}" for problem in self.problems)]))
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field of `Settings`."""
+    return PREFIX + field.upper()
+
+
+def load(environ: Mapping[str, str] = os.environ, *, on_host: bool = True) -> Settings:
+    """The settings in `environ`; raises SettingsError with all problems at once.
+
+    on_host: also read the secrets of $CREDENTIALS_DIRECTORY and check that what the paths name is there.
+    """
+    settings, problems = examine(environ, on_host=on_host)
+    if settings is None or problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def examine(environ: Mapping[str, str], *, on_host: bool) -> tuple[Settings | None, list[Problem]]:
+    """As `load`, but returns the problems; the settings are None where a field of theirs has one."""
+    fields = Settings.model_fields
+    problems = list(_unknown(environ))
+    values: dict[str, Any] = {
+        name: environ[variable(name)] for name in fields if name not in SECRETS and environ.get(variable(name))
+    }
+    if on_host:
+        values |= _secrets(environ)
+    bad: set[str] = set()
+    settings = None
+    try:
+        settings = _OnlyGiven(**values)
+        sound: Settings = settings
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_context=False):
+            name = str(detail["loc"][0])
+            if name not in bad:
+                problems.append(_field_problem(name, values.get(name), detail["msg"], detail["type"]))
+            bad.add(name)
+        # The cross-checks that concern only sound fields are still worth telling in the same go.
+        sound = _OnlyGiven.model_construct(**_validated_alone(values, bad))
+    problems += [problem for names, problem in _across(sound) if not bad & set(names)]
+    if on_host:
+        problems += [problem for name, problem in _on_host(sound) if name not in bad]
+    return settings, problems
+
+
+def read_env_file(path: Path) -> tuple[dict[str, str], list[Problem]]:
+    """The variables of a file in the form that systemd's EnvironmentFile and a shell read alike, and its bad lines."""
+    values: dict[str, str] = {}
+    problems = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        return {}, [Problem(str(path), f"cannot be read: {reason}", "name a text file of NAME=value lines")]
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith(("#", ";")):
+            continue
+        match = re.fullmatch(r'\s*([A-Za-z_][A-Za-z0-9_]*)=(?:"((?:[^"\\$`]|\\.)*)"|([^"\'\\$`\s#]*))\s*', line)
+        if match is None:
+            mend = 'write NAME=value, or NAME="value" where the value has blanks; no expansion'
+            problems.append(Problem(f"{path}:{number}", "is not a variable's assignment", mend))
+            continue
+        name, quoted, plain = match.groups()
+        if name in values:
+            problems.append(Problem(name, f"is set twice in {path}", "keep one of the lines"))
+        values[name] = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else plain
+    return values, problems
+
+
+def table() -> str:
+    """The settings as a Markdown table, for docs/settings.md."""
+    lines = ["| Variable | Default | Values | Meaning |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        shown = "credential" if name in SECRETS else f"`{variable(name)}`"
+        default = "required" if field.is_required() else _text(field.default)
+        lines.append(f"| {shown} | {default} | {_values(field)} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else f"`{value}`"
+
+
+def _values(field: FieldInfo) -> str:
+    annotation = field.annotation
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return "names, separated by commas"
+    kind: Any = next((part for part in get_args(annotation) if part is not type(None)), annotation)
+    words = {
+        int: "an integer",
+        float: "a number",
+        Path: "an absolute path",
+        AnyHttpUrl: "an http(s) URL",
+        SecretStr: "a secret",
+    }
+    limits = [
+        f"{word} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, word in {"gt": "above", "ge": "from", "le": "to"}.items()
+        if hasattr(bound, name)
+    ]
+    return " ".join([words.get(kind, "a text"), *limits])
+
+
+def _unknown(environ: Mapping[str, str]) -> Iterator[Problem]:
+    known = {variable(name) for name in Settings.model_fields if name not in SECRETS}
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in known:
+            continue
+        secret = name.removeprefix(PREFIX).lower()
+        if secret in SECRETS:
+            yield Problem(
+                name,
+                "is a secret in the environment, where other processes can read it",
+                f"remove it, rotate it, and give it as the systemd credential {SECRETS[secret]}",
+            )
+            continue
+        nearest = difflib.get_close_matches(name, known, n=1)
+        mend = f"did you mean {nearest[0]}?" if nearest else "remove it; docs/settings.md lists all variables"
+        yield Problem(name, "is not a setting", mend)
+
+
+def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        return {}
+    files = {field: Path(directory) / name for field, name in SECRETS.items()}
+    return {field: path.read_text(encoding="utf-8").strip() for field, path in files.items() if path.is_file()}
+
+
+def _field_problem(name: str, value: Any, message: str, kind: str) -> Problem:
+    field = Settings.model_fields[name]
+    example = f"{variable(name)}={field.examples[0]}" if field.examples else f"the credential {SECRETS.get(name)}"
+    if kind == "missing":
+        return Problem(variable(name), "is not set", f"set it, e.g. {example}")
+    shown = "its value" if name in SECRETS else repr(re.sub(r"//[^/@]*@", "//***@", str(value)))
+    complaint = re.sub(r"^(Value error, |Input |String |URL )", "", message)
+    return Problem(variable(name), f"{shown} {complaint}", f"give {_values(field)}, e.g. {example}")
+
+
+def _validated_alone(values: Mapping[str, Any], bad: set[str]) -> dict[str, Any]:
+    filler = {name: "unset" for name in bad if Settings.model_fields[name].is_required()}
+    sound = {name: value for name, value in values.items() if name not in bad}
+    return dict(_OnlyGiven(**(filler | sound)))
+
+
+def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    """What fields that are sound alone say against each other: the fields looked at, and the problem."""
+    for name in ("index_dir", "documents_dir", "golden_dir", "embed_model_dir", "api_keys_file", "runtime_dir"):
+        path: Path = getattr(settings, name)
+        if not path.is_absolute():
+            yield (name,), Problem(variable(name), f"'{path}' is not an absolute path", f"write /.../{path}")
+    twice = {name for name in settings.collections if settings.collections.count(name) > 1}
+    if twice:
+        names = ", ".join(sorted(twice))
+        yield ("collections",), Problem(variable("collections"), f"names twice: {names}", "name each collection once")
+    room = MODEL_MAX_TOKENS[settings.embed_provider] - SPECIAL_TOKENS
+    if settings.chunk_size > room:
+        yield (
+            ("chunk_size", "embed_provider"),
+            Problem(
+                variable("chunk_size"),
+                f"{settings.chunk_size}, but the {settings.embed_provider} model reads {room} tokens of a node: "
+                "what is beyond would never be found",
+                f"give at most {room}",
+            ),
+        )
+    if settings.chunk_overlap >= settings.chunk_size:
+        yield (
+            ("chunk_overlap", "chunk_size"),
+            Problem(
+                variable("chunk_overlap"),
+                f"{settings.chunk_overlap} is not less than {variable('chunk_size')}={settings.chunk_size}",
+                f"give at most {settings.chunk_size // 2}",
+            ),
+        )
+    url = settings.llm_base_url
+    if url is not None and (url.username or url.password):
+        yield (
+            ("llm_base_url",),
+            Problem(
+                variable("llm_base_url"),
+                "holds a user name or password, and an environment is no place for secrets",
+                f"take it out and give the key as the systemd credential {SECRETS['llm_api_key']}",
+            ),
+        )
+    if settings.answer == "generate":
+        for name in ("llm_base_url", "llm_model"):
+            if getattr(settings, name) is None:
+                example = Settings.model_fields[name].examples or [""]
+                yield (
+                    (name, "answer"),
+                    Problem(
+                        variable(name),
+                        f"is not set, but {variable('answer')}=generate needs it",
+                        f"set it, e.g. {variable(name)}={example[0]}, or set {variable('answer')}=extractive",
+                    ),
+                )
+    needed = settings.num_output + settings.top_k * settings.chunk_size
+    if url is not None and settings.context_window < needed:
+        yield (
+            ("context_window", "num_output", "top_k", "chunk_size"),
+            Problem(
+                variable("context_window"),
+                f"{settings.context_window} is less than num_output + top_k x chunk_size = {settings.num_output} + "
+                f"{settings.top_k} x {settings.chunk_size} = {needed}",
+                f"give at least {needed} if the LLM has that, or lower {variable('top_k')} or {variable('num_output')}",
+            ),
+        )
+
+
+def _on_host(settings: Settings) -> Iterator[tuple[str, Problem]]:
+    """What the paths name must be there. Not the index: a service without one starts, and says so at /readyz."""
+    missing = [
+        name
+        for name in ("model.onnx", "tokenizer.json", "model.json")
+        if not os.access(settings.embed_model_dir / name, os.R_OK)
+    ]
+    if missing:
+        yield (
+            "embed_model_dir",
+            Problem(
+                variable("embed_model_dir"),
+                f"'{settings.embed_model_dir}' has no {' nor '.join(missing)} that this user can read",
+                "point it to the model of the release, or deploy the release again",
+            ),
+        )
