@@ -10,10 +10,10 @@ description:
   - Reads; changes nothing.
   - Returns the problems instead of failing, so that a play can list those of every host together.
 options:
-  root:
-    description: Directory of the releases.
-    type: path
-    default: /opt/ragrack
+  host:
+    description: Name of the host, for the sentences.
+    type: str
+    required: true
   paths:
     description: Files that C(playbooks/site.yml) makes, with what each is for.
     type: dict
@@ -33,6 +33,7 @@ author: ragrack maintainers (@ragrack)
 EXAMPLES = r"""
 - name: Ask the host
   ragrack_preflight:
+    host: "{{ inventory_hostname }}"
     paths: {/usr/local/bin/uv: uv}
     space: {/opt/ragrack: 1000000000}
   register: preflight
@@ -79,7 +80,7 @@ def missing_space(space: dict[str, int]) -> list[str]:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "root": {"type": "path", "default": "/opt/ragrack"},
+            "host": {"type": "str", "required": True},
             "paths": {"type": "dict", "default": {}},
             "space": {"type": "dict", "default": {}},
         },
@@ -95,6 +96,7 @@ def main() -> None:
         problems.append(f"/usr/bin/python3 is {python}; mend: use Debian 12 (3.11) or Debian 13 (3.13).")
     problems += missing_paths(module.params["paths"])
     problems += missing_space(module.params["space"])
+    problems = [f"{module.params['host']}: {problem}" for problem in problems]
     module.exit_json(changed=False, problems=problems, python=python, architecture=platform.machine())
 
 
