@@ -19,8 +19,6 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "RAGRACK_"
-# What a user's shell holds to reach a service (`bin/demo env`): no settings of the service itself.
-CLIENT_VARIABLES = frozenset({"RAGRACK_URL", "RAGRACK_CA", "RAGRACK_KEY"})
 # By systemd's LoadCredentialEncrypted; a secret never has a variable, as /proc/<pid>/environ shows those.
 SECRETS = {"llm_api_key": "credentials_llm_api_key"}
 SPECIAL_TOKENS = 2
@@ -74,13 +72,21 @@ class Settings(BaseSettings):
         examples=["/opt/ragrack/current/models/all-minilm-l6-v2"],
     )
     embed_threads: int = Field(
-        1, ge=1, le=64, description="Threads of one embedding; more than 1 is slower under load.", examples=["1"]
+        1, ge=1, le=64, description="Texts that a worker embeds at a time, each on one core.", examples=["1"]
     )
     chunk_size: int = Field(
         254, ge=32, le=8192, description="Length of a node, in tokens of the embedding model.", examples=["254"]
     )
     chunk_overlap: int = Field(
         32, ge=0, le=4096, description="Tokens that a node shares with the one before it.", examples=["32"]
+    )
+
+    ingest_threads: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Texts embedded at a time by an ingest; none means one per core.",
+        examples=["2"],
     )
 
     top_k: int = Field(5, ge=1, le=50, description="Nodes retrieved for a query that does not say.", examples=["5"])

@@ -1,0 +1,97 @@
+"""Errors as RFC 9457 problem details, each with the request's id. What a client reads is written here or by the
+code that raises; the text of an exception never reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from ragrack.logging import request_id
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class FieldProblem(BaseModel):
+    field: str
+    problem: str
+
+
+class ProblemDetails(BaseModel):
+    """The body of every error."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    request_id: str | None = None
+    errors: list[FieldProblem] | None = None
+
+
+class ProblemError(Exception):
+    """Raise it to answer with a problem; `detail` is for the client's eyes."""
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        detail: str,
+        errors: Sequence[tuple[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.errors = [FieldProblem(field=field, problem=problem) for field, problem in errors]
+        self.headers = dict(headers or {})
+
+    def response(self) -> JSONResponse:
+        body = ProblemDetails(
+            title=self.status.phrase,
+            status=self.status,
+            detail=self.detail,
+            request_id=request_id.get(),
+            errors=self.errors or None,
+        )
+        return JSONResponse(
+            body.model_dump(exclude_none=True), self.status, headers=self.headers, media_type=MEDIA_TYPE
+        )
+
+
+INTERNAL = ProblemError(
+    HTTPStatus.INTERNAL_SERVER_ERROR, "The service failed on this request; its log has more under the request id."
+)
+
+
+def responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    """For a route's OpenAPI: these statuses answer with problem details."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
+    return {int(status): {"description": status.phrase, "content": content} for status in statuses}
+
+
+def install(app: FastAPI) -> None:
+    """Makes problem details of everything that the app raises on purpose, and of what FastAPI and Starlette raise."""
+
+    @app.exception_handler(ProblemError)
+    async def raised(_: Request, error: ProblemError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        errors = [
+            (".".join(str(part) for part in problem["loc"] if part != "body") or "body", problem["msg"])
+            for problem in error.errors()
+        ]
+        detail = "; ".join(f"{field}: {problem}" for field, problem in errors)
+        return ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        status = HTTPStatus(error.status_code)
+        return ProblemError(status, status.description or status.phrase, headers=error.headers).response()
