@@ -19,8 +19,8 @@ from ragrack.fingerprint import ModelError, read_model_json
 class MiniLMEmbedding(BaseEmbedding):
     """384 numbers of unit length for a text; what is past its first 256 tokens is not seen.
 
-    Each text is a run of its own on one core. That is faster than batches, in which nothing fits the cache, and a text's
-    vector does not depend on its neighbours, as it does where they share the range of an 8-bit activation.
+    Each text is a run of its own on one core. That is faster than batches, which do not fit the cache, and a text's vector
+    does not depend on its neighbours, as it does where they share the range of an 8-bit activation.
     """
 
     _session: onnxruntime.InferenceSession = PrivateAttr()
@@ -58,7 +58,7 @@ class MiniLMEmbedding(BaseEmbedding):
         embedding = cls(model_name=f"{model['name']}@{model['files']['model.onnx'][:12]}", embed_batch_size=256)
         embedding._session = session
         embedding._tokenizer = tokenizer
-        embedding._first, embedding._last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+        embedding._first, embedding._last = tokenizer.encode("").ids
         embedding._room = model["max_tokens"] - 2
         embedding._pool = ThreadPoolExecutor(threads, thread_name_prefix="embed")
         return embedding

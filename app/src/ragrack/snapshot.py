@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,7 +114,7 @@ class SnapshotDir:
         self.link = self.root / "current"
 
     @classmethod
-    def all(cls, index_dir: Path) -> list[SnapshotDir]:
+    def all(cls, index_dir: Path) -> Sequence[SnapshotDir]:
         """Of every collection and fingerprint that has any, by name."""
         return [
             cls(index_dir, path.parent.parent.name, path.parent.name)
@@ -146,7 +146,7 @@ class SnapshotDir:
             )
         return Snapshot(path, manifest)
 
-    def list(self) -> list[Snapshot]:
+    def list(self) -> Sequence[Snapshot]:
         """The whole ones, oldest first; damaged ones are left out (`verify` says what is wrong with them)."""
         found = []
         for snapshot_id in self._ids():
@@ -205,7 +205,7 @@ class SnapshotDir:
         fsync(self.root)
         self._note({"at": timestamp(), "from": before, "to": snapshot_id, "why": why})
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> Sequence[dict[str, Any]]:
         """`{at, from, to, why}` for each flip, oldest first."""
         try:
             lines = (self.root / "history.jsonl").read_text().splitlines()
@@ -217,7 +217,7 @@ class SnapshotDir:
                 entries.append(json.loads(line))
         return entries
 
-    def prune(self, keep: int) -> list[str]:
+    def prune(self, keep: int) -> Sequence[str]:
         """Removes all but the newest `keep` and the live one, and what dead runs left. Returns the ids removed.
 
         A process that has a removed snapshot open keeps reading it until it closes it.
@@ -232,7 +232,7 @@ class SnapshotDir:
             shutil.rmtree(self.snapshots / snapshot_id)
         return removed
 
-    def _ids(self) -> list[str]:
+    def _ids(self) -> Sequence[str]:
         if not self.snapshots.is_dir():
             return []
         return sorted(path.name for path in self.snapshots.iterdir() if SNAPSHOT_ID.fullmatch(path.name))

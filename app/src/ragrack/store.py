@@ -1,29 +1,441 @@
-"""The vector store of a snapshot: FAISS, memory-mapped, and one SQLite file, both read-only."""
+"""The vector store of a snapshot: vectors in FAISS, nodes in SQLite, both memory-mapped and read-only.
+
+The number of a node in FAISS is its row in SQLite, from 0 without gaps. Filters are answered by SQLite, with bound
+parameters, and given to FAISS as a bitmap of rows, so a filter never costs results, however few rows it leaves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import functools
+import json
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from llama_index.core.schema import BaseNode
-from llama_index.core.vector_stores.types import BasePydanticVectorStore
+import faiss as _faiss
+import numpy as np
+from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+from llama_index.core.vector_stores.types import (
+    BasePydanticVectorStore,
+    FilterCondition,
+    FilterOperator,
+    MetadataFilter,
+    MetadataFilters,
+    VectorStoreQuery,
+    VectorStoreQueryMode,
+    VectorStoreQueryResult,
+)
+from pydantic import PrivateAttr
+
+from ragrack.snapshot import FileEntry, SnapshotError, file_sha256
+
+# Its stubs know neither its Python constructors nor all of its classes.
+faiss: Any = _faiss
+
+VECTORS = "vectors.faiss"
+NODES = "nodes.sqlite"
+
+FLAT_BELOW = 4096
+"""Nodes. Comparing with each of fewer is as quick as a graph, and exact."""
+HNSW_LINKS = 16
+HNSW_EF_CONSTRUCTION = 80
+HNSW_EF_SEARCH = 64
+HNSW_EF_SEARCH_MOST = 1024
+TRAINING = 100_000
+"""Vectors that the range of the 8-bit scale is taken from."""
+WRITE_BATCH = 1024
+FILTERS_KEPT = 64
+
+SCHEMA = """
+CREATE TABLE node (
+    row INTEGER PRIMARY KEY,
+    node_id TEXT NOT NULL UNIQUE,
+    ref_doc_id TEXT,
+    text TEXT NOT NULL,
+    metadata TEXT NOT NULL,
+    rest TEXT NOT NULL
+);
+CREATE INDEX node_ref_doc_id ON node (ref_doc_id);
+-- A list is a row for each element, with element = 1. No type for the value: 1 and '1' must differ.
+CREATE TABLE metadata (
+    key TEXT NOT NULL,
+    element INTEGER NOT NULL,
+    value NOT NULL,
+    row INTEGER NOT NULL,
+    PRIMARY KEY (key, element, value, row)
+) WITHOUT ROWID;
+CREATE VIRTUAL TABLE node_text USING fts5 (
+    text, content = 'node', content_rowid = 'row', tokenize = 'porter unicode61'
+);
+"""
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class ReadOnlyError(TypeError):
+    """A snapshot never changes: `ragrack ingest` makes a new one."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_snapshot_files` wrote."""
+
+    engine: str
+    nodes: int
+    files: dict[str, FileEntry]
 
 
 class SnapshotVectorStore(BasePydanticVectorStore):
-    """Sync and async queries with MetadataFilters; opening it takes the same time at any size."""
+    """Dense queries with MetadataFilters, sync and async. Opening takes the same time at any size.
+
+    Filters mean what they mean in LlamaIndex's own store: a node without a key matches only `!=`, `nin`, `is_empty`.
+    """
 
     stores_text: bool = True
 
+    _index: Any = PrivateAttr()
+    _pool: ThreadPoolExecutor = PrivateAttr()
+    _local: threading.local = PrivateAttr()
+    _connections: list[sqlite3.Connection] = PrivateAttr()
+    _selected: Callable[[str], Mask] = PrivateAttr()
+
     @classmethod
     def open(cls, path: Path, threads: int = 2) -> SnapshotVectorStore:
-        """Open it after a fork, never before. Raises SnapshotError."""
-        raise NotImplementedError
+        """The files of the snapshot at `path`; `threads` queries run at a time. Open it after a fork, never before.
+
+        Raises SnapshotError when they are missing or do not fit each other.
+        """
+        store = cls()
+        try:
+            store._index = faiss.read_index(str(path / VECTORS), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
+            # All of them now: `path` may be pruned before the last thread starts.
+            store._connections = [_connect(path / NODES) for _ in range(threads)]
+            (rows,) = store._connections[0].execute("SELECT coalesce(max(row) + 1, 0) FROM node").fetchone()
+        except (RuntimeError, sqlite3.Error) as error:
+            raise SnapshotError(f"{path} cannot be opened: {error}") from error
+        if rows != store._index.ntotal:
+            raise SnapshotError(f"{path}: {VECTORS} has {store._index.ntotal} vectors, {NODES} has {rows} nodes")
+        free = queue.SimpleQueue[sqlite3.Connection]()
+        for connection in store._connections:
+            free.put(connection)
+        store._local = threading.local()
+        store._selected = functools.lru_cache(FILTERS_KEPT)(store._select)
+
+        def start() -> None:
+            # For this thread alone: a second one would spin beside it for nothing.
+            faiss.omp_set_num_threads(1)
+            store._local.connection = free.get_nowait()
+
+        store._pool = ThreadPoolExecutor(threads, thread_name_prefix="store", initializer=start)
+        return store
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "SnapshotVectorStore"
+
+    @property
+    def client(self) -> Any:
+        """The FAISS index."""
+        return self._index
+
+    @property
+    def dimensions(self) -> int:
+        return int(self._index.d)
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
 
     def close(self) -> None:
-        """Waits for the queries that run, then lets go of all files."""
-        raise NotImplementedError
+        """Waits for the queries that run, then lets go of all files. A closed store answers no more."""
+        self._pool.shutdown()
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+        # The cache holds this store, and the store the cache: neither would go before the garbage collector comes.
+        self._selected = self._select
+        self._index = None
+
+    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """Nodes with cosine similarities, best first. Raises ValueError for a query that it cannot answer."""
+        return self._pool.submit(self._query, query).result()
+
+    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._query, query)
+
+    def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
+        """The nodes with these ids and metadata, in the order of the snapshot; all where neither is given."""
+        return self._pool.submit(self._get_nodes, node_ids, filters).result()
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._get_nodes, node_ids, filters)
+
+    def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        raise ReadOnlyError("a snapshot takes no new nodes: put the documents in place and run `ragrack ingest`")
+
+    def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        raise ReadOnlyError("a snapshot loses no nodes: take the documents away and run `ragrack ingest`")
+
+    def _query(self, query: VectorStoreQuery) -> VectorStoreQueryResult:
+        if query.mode != VectorStoreQueryMode.DEFAULT:
+            raise ValueError(
+                f"query mode {query.mode.value!r} is not supported: use {VectorStoreQueryMode.DEFAULT.value!r}"
+            )
+        if query.query_embedding is None:
+            raise ValueError("the query has no embedding: give the index an embed_model")
+        vector = np.asarray([query.query_embedding], dtype=np.float32)
+        if vector.shape != (1, self.dimensions):
+            raise ValueError(f"the query's embedding has {vector.size} dimensions, the snapshot's {self.dimensions}")
+        mask = self._mask(query.filters, query.node_ids, query.doc_ids)
+        rows, similarities = self._search(vector, query.similarity_top_k, mask)
+        nodes = self._read(rows)
+        return VectorStoreQueryResult(nodes=nodes, similarities=similarities, ids=[node.node_id for node in nodes])
+
+    def _search(self, vector: Any, k: int, mask: Mask | None) -> tuple[list[int], list[float]]:
+        total = len(self)
+        allowed = total if mask is None else int(np.count_nonzero(mask))
+        k = min(k, allowed)
+        if k <= 0:
+            return [], []
+        chosen: dict[str, Any] = {}
+        if mask is not None:
+            # FAISS keeps a pointer into the array, so it must outlive the search.
+            bits = np.packbits(mask, bitorder="little")
+            chosen["sel"] = faiss.IDSelectorBitmap(bits)
+        index = self._index
+        parameters: Any = faiss.SearchParameters(**chosen)
+        if isinstance(index, faiss.IndexHNSW):
+            effort = max(HNSW_EF_SEARCH, 2 * k) * total // allowed
+            if effort > HNSW_EF_SEARCH_MOST:
+                # So few are allowed that a walk along the graph would miss some: compare with each of them.
+                index = faiss.downcast_index(index.storage)
+            else:
+                parameters = faiss.SearchParametersHNSW(efSearch=effort, **chosen)
+        similarities, rows = index.search(vector, k, params=parameters)
+        found = rows[0] >= 0
+        return rows[0][found].tolist(), similarities[0][found].tolist()
+
+    def _get_nodes(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[BaseNode]:
+        mask = self._mask(filters, node_ids, None)
+        return list(self._read(range(len(self)) if mask is None else np.flatnonzero(mask).tolist()))
+
+    def _read(self, rows: Sequence[int]) -> list[BaseNode]:
+        found = {
+            row: TextNode(id_=node_id, text=text, metadata=json.loads(metadata), **json.loads(rest))
+            for row, node_id, text, metadata, rest in self._execute(
+                "SELECT row, node_id, text, metadata, rest FROM node WHERE row IN (SELECT value FROM json_each(?))",
+                json.dumps(list(rows)),
+            )
+        }
+        return [found[row] for row in rows]
+
+    def _execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        connection: sqlite3.Connection = self._local.connection
+        return connection.execute(sql, parameters)
+
+    def _mask(
+        self, filters: MetadataFilters | None, node_ids: list[str] | None, doc_ids: list[str] | None
+    ) -> Mask | None:
+        """Which rows may be found; None for all."""
+        masks = []
+        if filters is not None and filters.filters:
+            masks.append(self._selected(filters.model_dump_json()))
+        if node_ids is not None:
+            masks.append(self._rows("SELECT row FROM node WHERE node_id IN (SELECT value FROM json_each(?))", node_ids))
+        if doc_ids is not None:
+            sql = "SELECT row FROM node WHERE ref_doc_id IN (SELECT value FROM json_each(?))"
+            masks.append(self._rows(sql, doc_ids))
+        return functools.reduce(np.logical_and, masks) if masks else None
+
+    def _rows(self, sql: str, values: Sequence[Any], *before: Any) -> Mask:
+        """The rows that a statement selects whose last parameter is a JSON list."""
+        mask = np.zeros(len(self), dtype=np.bool_)
+        cursor = self._execute(sql, *before, json.dumps([_plain(value) for value in values]))
+        mask[np.fromiter((row for (row,) in cursor), dtype=np.int64)] = True
+        return mask
+
+    def _select(self, filters_json: str) -> Mask:
+        return self._all_of(MetadataFilters.model_validate_json(filters_json))
+
+    def _all_of(self, filters: MetadataFilters) -> Mask:
+        masks = [self._all_of(f) if isinstance(f, MetadataFilters) else self._one(f) for f in filters.filters]
+        if not masks:
+            return np.ones(len(self), dtype=np.bool_)
+        match filters.condition:
+            case FilterCondition.OR:
+                return functools.reduce(np.logical_or, masks)
+            case FilterCondition.NOT:
+                return np.logical_not(functools.reduce(np.logical_or, masks))
+            case _:
+                return functools.reduce(np.logical_and, masks)
+
+    def _one(self, condition: MetadataFilter) -> Mask:
+        key, value, operator = condition.key, condition.value, condition.operator
+
+        def matching(sql: str, values: Sequence[Any], *before: Any) -> Mask:
+            return self._rows(sql, values, key, *before)
+
+        if operator == FilterOperator.IS_EMPTY:
+            return np.logical_not(matching(_NOT_AMONG, [""]))
+        if operator in _NEED_A_LIST:
+            if not isinstance(value, list):
+                raise ValueError(f"the filter on {key!r} with {operator.value!r} needs a list")
+            match operator:
+                case FilterOperator.IN:
+                    return matching(_AMONG, value)
+                case FilterOperator.NIN:
+                    return np.logical_not(matching(_AMONG, value))
+                case FilterOperator.ANY:
+                    return matching(_HOLDS, value)
+                case _:
+                    everywhere = np.ones(len(self), dtype=np.bool_)
+                    return functools.reduce(np.logical_and, (matching(_HOLDS, [item]) for item in value), everywhere)
+        if value is None or isinstance(value, list):
+            raise ValueError(f"the filter on {key!r} with {operator.value!r} needs a single value")
+        match operator:
+            case FilterOperator.EQ:
+                return matching(_AMONG, [value])
+            case FilterOperator.NE:
+                return np.logical_not(matching(_AMONG, [value]))
+            case FilterOperator.GT | FilterOperator.GTE | FilterOperator.LT | FilterOperator.LTE:
+                return matching(_COMPARED[operator], [value], isinstance(value, str))
+            case FilterOperator.CONTAINS if not isinstance(value, str):
+                return matching(_HOLDS, [value])
+        if not isinstance(value, str):
+            raise ValueError(f"the filter on {key!r} with {operator.value!r} needs a text")
+        match operator:
+            case FilterOperator.CONTAINS:
+                return matching(_HOLDS, [value]) | matching(_HAS_TEXT, [value])
+            case FilterOperator.TEXT_MATCH:
+                return matching(_HAS_TEXT, [value])
+            case FilterOperator.TEXT_MATCH_INSENSITIVE:
+                return matching(_HAS_TEXT_OF_ANY_CASE, [value.lower()])
+        raise ValueError(f"the filter on {key!r} uses {operator.value!r}, which is not supported")
 
 
-def write_snapshot_files(nodes: Iterable[BaseNode], out_dir: Path, dimensions: int) -> dict[str, object]:
-    """`nodes` have their embeddings."""
-    raise NotImplementedError
+_NEED_A_LIST = {FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL}
+_AMONG = """
+SELECT row FROM metadata WHERE key = ? AND element = 0 AND value IN (SELECT value FROM json_each(?))"""
+_NOT_AMONG = """
+SELECT row FROM metadata WHERE key = ? AND value NOT IN (SELECT value FROM json_each(?))"""
+_HOLDS = """
+SELECT row FROM metadata WHERE key = ? AND element = 1 AND value IN (SELECT value FROM json_each(?))"""
+_HAS_TEXT = """
+SELECT row FROM metadata WHERE key = ? AND element = 0 AND typeof(value) = 'text'
+AND instr(value, (SELECT value FROM json_each(?)))"""
+_HAS_TEXT_OF_ANY_CASE = """
+SELECT row FROM metadata WHERE key = ? AND element = 0 AND typeof(value) = 'text'
+AND instr(python_lower(value), (SELECT value FROM json_each(?)))"""
+# For SQLite every text is greater than every number, which is never what a filter means.
+_COMPARED = {
+    FilterOperator.GT: """
+SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
+AND value > (SELECT value FROM json_each(?))""",
+    FilterOperator.GTE: """
+SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
+AND value >= (SELECT value FROM json_each(?))""",
+    FilterOperator.LT: """
+SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
+AND value < (SELECT value FROM json_each(?))""",
+    FilterOperator.LTE: """
+SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
+AND value <= (SELECT value FROM json_each(?))""",
+}
+
+
+def write_snapshot_files(nodes: Iterable[BaseNode], count: int, dimensions: int, out_dir: Path) -> Written:
+    """Writes `count` text nodes, which have their embeddings, in the order given. All cores are used.
+
+    Memory: the 8-bit index (about 0.6 kB a node) and one batch. Raises ValueError for a node without an embedding.
+    """
+    vectors_path = out_dir / ".vectors.f32"
+    connection = sqlite3.connect(out_dir / NODES)
+    try:
+        connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = MEMORY;")
+        connection.executescript(SCHEMA)
+        vectors = np.memmap(vectors_path, np.float32, "w+", shape=(max(count, 1), dimensions))[:count]
+        written = 0
+        for row, node in enumerate(nodes):
+            embedding = node.embedding
+            if embedding is None or len(embedding) != dimensions:
+                raise ValueError(f"node {node.node_id} has no embedding of {dimensions} dimensions")
+            vectors[row] = embedding
+            _insert(connection, row, node)
+            written += 1
+        if written != count:
+            raise ValueError(f"{count} nodes were promised, {written} came")
+        connection.execute("INSERT INTO node_text (node_text) VALUES ('rebuild')")
+        connection.commit()
+        index = _index(vectors)
+        faiss.write_index(index, str(out_dir / VECTORS))
+        del vectors
+    finally:
+        connection.close()
+        vectors_path.unlink(missing_ok=True)
+    files = {name: FileEntry(file_sha256(out_dir / name), (out_dir / name).stat().st_size) for name in (VECTORS, NODES)}
+    return Written("hnsw" if isinstance(index, faiss.IndexHNSW) else "flat", count, files)
+
+
+def _index(vectors: Any) -> Any:
+    count, dimensions = vectors.shape
+    if count < FLAT_BELOW:
+        index = faiss.IndexScalarQuantizer(dimensions, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    else:
+        index = faiss.IndexHNSWSQ(dimensions, faiss.ScalarQuantizer.QT_8bit, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = HNSW_EF_CONSTRUCTION
+        index.train(np.ascontiguousarray(vectors[:: max(1, count // TRAINING)]))
+    for start in range(0, count, WRITE_BATCH):
+        index.add(np.ascontiguousarray(vectors[start : start + WRITE_BATCH]))
+    return index
+
+
+def _insert(connection: sqlite3.Connection, row: int, node: BaseNode) -> None:
+    rest = node.model_dump(
+        mode="json", exclude_defaults=True, exclude={"id_", "embedding", "metadata", "text", "text_resource"}
+    )
+    rest.pop("class_name", None)
+    connection.execute(
+        "INSERT INTO node VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            row,
+            node.node_id,
+            node.ref_doc_id,
+            node.get_content(MetadataMode.NONE),
+            json.dumps(node.metadata, ensure_ascii=False),
+            json.dumps(rest, ensure_ascii=False),
+        ),
+    )
+    connection.executemany(
+        "INSERT OR IGNORE INTO metadata VALUES (?, ?, ?, ?)",
+        [(key, element, value, row) for key, element, value in _flat(node.metadata)],
+    )
+
+
+def _flat(metadata: dict[str, Any]) -> Iterator[tuple[str, int, Any]]:
+    for key, value in metadata.items():
+        for element, one in [(1, item) for item in value] if isinstance(value, list) else [(0, value)]:
+            if isinstance(one, str | int | float):
+                yield key, element, _plain(one)
+
+
+def _plain(value: Any) -> Any:
+    """As SQLite can hold it."""
+    return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Made in one thread of the pool, closed by whoever closes the store.
+    connection = sqlite3.connect(
+        f"file:{quote(str(path))}?immutable=1&mode=ro", uri=True, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA mmap_size = 2147418112")
+    connection.create_function("python_lower", 1, str.lower, deterministic=True)
+    return connection
