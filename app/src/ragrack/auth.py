@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 
+from ragrack.snapshot import write_file
+
 log = logging.getLogger(__name__)
 
 GATE = "gate"
@@ -26,8 +28,8 @@ GATE = "gate"
 
 def _moment(value: Any) -> datetime | None:
     """ISO 8601, in UTC where it names no zone; a date alone means its start."""
-    if value is None:
-        return None
+    if value is None or isinstance(value, datetime):
+        return value
     if not isinstance(value, str):
         raise ValueError("must be a text such as 2027-01-31")
     moment = datetime.fromisoformat(value)
@@ -81,6 +83,18 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     if GATE in names:
         raise KeysError(f"{path}: the name {GATE} is the deployment's own; choose another")
     return keys
+
+
+def add_key(path: Path, key: ApiKey) -> None:
+    """Adds a key to the file, which is made if it is not there. Raises KeysError and changes nothing when it cannot."""
+    keys = read_keys(path) if path.exists() else ()
+    if key.name in [*(known.name for known in keys), GATE]:
+        raise KeysError(f"{path}: the name {key.name} is taken; choose another")
+    text = ApiKeys(keys=(*keys, key)).model_dump_json(indent=2, exclude_none=True)
+    try:
+        write_file(path, f"{text}\n".encode())
+    except OSError as error:
+        raise KeysError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_gate_key(path: Path) -> None:

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from ragrack.logging import request_id
@@ -64,6 +65,7 @@ class ProblemError(Exception):
         )
 
 
+TOO_LARGE = ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request's body is larger than this service reads.")
 INTERNAL = ProblemError(
     HTTPStatus.INTERNAL_SERVER_ERROR, "The service failed on this request; its log has more under the request id."
 )
@@ -73,6 +75,14 @@ def responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     """For a route's OpenAPI: these statuses answer with problem details."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
     return {int(status): {"description": status.phrase, "content": content} for status in statuses}
+
+
+def schemas() -> dict[str, Any]:
+    """For the OpenAPI's components: what `responses` refers to."""
+    _, definitions = models_json_schema(
+        [(ProblemDetails, "serialization")], ref_template="#/components/schemas/{model}"
+    )
+    return dict(definitions["$defs"])
 
 
 def install(app: FastAPI) -> None:

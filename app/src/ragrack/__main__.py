@@ -1,0 +1,5 @@
+import sys
+
+from ragrack.cli import main
+
+sys.exit(main())

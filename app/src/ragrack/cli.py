@@ -1,0 +1,347 @@
+"""`ragrack`: what an operator, a unit or a playbook asks of the package without a running service.
+
+Exit status: 0 done, 1 refused or failed (the output says why), 2 not understood. What a command needs is imported
+when it runs, so that `ragrack config check` takes a fraction of LlamaIndex's import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
+
+if TYPE_CHECKING:
+    from ragrack.golden import GoldenSet
+    from ragrack.snapshot import SnapshotDir
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (SettingsError, _RefusedError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return status
+
+
+class _RefusedError(Exception):
+    """Ends the command with this message and status 1."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ragrack", description="A LlamaIndex RAG service: its settings, indexes, keys."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    config = commands.add_parser("config", help="check the settings").add_subparsers(required=True, metavar="COMMAND")
+    check = config.add_parser("check", help="report all that is wrong with the settings, in one go")
+    _env_file(check)
+    check.add_argument(
+        "--on-host", action="store_true", help="with --env-file: check also that what paths name is there"
+    )
+    check.add_argument("--json", action="store_true", help='print [{"variable", "problem", "mend"}]')
+    check.set_defaults(run=_config_check)
+    fingerprint = config.add_parser("fingerprint", help="print the fingerprint that an index must have")
+    _env_file(fingerprint)
+    fingerprint.add_argument(
+        "--model-dir", type=Path, help="the embedding model, where it lies elsewhere on this machine"
+    )
+    fingerprint.set_defaults(run=_config_fingerprint)
+
+    settings = commands.add_parser("settings-table", help="print all settings as a Markdown table (docs/settings.md)")
+    settings.set_defaults(run=_settings_table)
+
+    ingest = commands.add_parser("ingest", help="build a snapshot of a collection from its documents, and switch to it")
+    which = ingest.add_mutually_exclusive_group()
+    which.add_argument("--collection", action="append", help="this one (may be repeated); all by default")
+    which.add_argument("--missing", action="store_true", help="only those that have no snapshot for these settings")
+    ingest.add_argument("--json", action="store_true", help="progress and result as JSON lines")
+    ingest.set_defaults(run=_ingest)
+
+    index = commands.add_parser("index", help="look at snapshots").add_subparsers(required=True, metavar="COMMAND")
+    for name, what in (("list", "list snapshots"), ("show", "show one"), ("verify", "compare one with its manifest")):
+        command = index.add_parser(name, help=what)
+        command.add_argument("--collection", help="of this collection; all by default")
+        if name != "list":
+            command.add_argument("--snapshot", help="its id; the current one by default")
+        command.add_argument("--json", action="store_true")
+        command.set_defaults(run=_INDEX[name])
+
+    golden = commands.add_parser("golden", help="ask a running service its golden questions")
+    where = golden.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket", type=Path, help="gunicorn's socket")
+    where.add_argument("--url", help="e.g. https://rag.example.org")
+    golden.add_argument("--cacert", type=Path, help="with --url: the CA that signed its certificate")
+    golden.add_argument("--collection", required=True)
+    golden.add_argument("--golden-file", type=Path, help="default: <RAGRACK_GOLDEN_DIR>/<collection>.yml")
+    golden.add_argument("--key-file", type=Path, help="holds the API key; default: gate.key beside the socket")
+    golden.add_argument("--allow-missing", action="store_true", help="no golden file: one answered question is enough")
+    golden.add_argument("--allow-degraded", action="store_true", help="pass even if the LLM does not answer")
+    golden.add_argument("--json", action="store_true")
+    golden.set_defaults(run=_golden)
+
+    keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
+    new = keys.add_parser("new", help="make a key: shown once, only its hash is kept")
+    new.add_argument("--name", required=True, help="whose it is; appears in the log")
+    new.add_argument("--expires", help="ISO date or time, UTC unless it names a zone")
+    new.add_argument("--file", type=Path, help="add the hash to this keys file")
+    new.add_argument("--json", action="store_true")
+    new.set_defaults(run=_keys_new)
+    hashed = keys.add_parser("hash", help="print the hash of a key read from standard input")
+    hashed.set_defaults(run=_keys_hash)
+    return parser
+
+
+def _env_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--env-file",
+        type=Path,
+        action="append",
+        help="judge this file's variables instead of the environment's; may be repeated, the last one wins",
+    )
+
+
+def _examine(arguments: argparse.Namespace) -> tuple[Settings | None, list[Problem]]:
+    if not arguments.env_file:
+        return examine(os.environ, on_host=True)
+    environ: dict[str, str] = {}
+    problems: list[Problem] = []
+    for path in arguments.env_file:
+        values, wrong = read_env_file(path)
+        environ |= values
+        problems += wrong
+    settings, more = examine(environ, on_host=getattr(arguments, "on_host", False))
+    return settings, problems + more
+
+
+def _config_check(arguments: argparse.Namespace) -> int:
+    _, problems = _examine(arguments)
+    if arguments.json:
+        _print_json([problem.as_dict() for problem in problems])
+    elif problems:
+        print(SettingsError(problems))
+    else:
+        print("the settings hold")
+    return 1 if problems else 0
+
+
+def _config_fingerprint(arguments: argparse.Namespace) -> int:
+    from ragrack.fingerprint import Fingerprint, ModelError
+
+    settings, problems = _examine(arguments)
+    if arguments.model_dir is not None:
+        # The path in the settings is another machine's.
+        problems = [problem for problem in problems if problem.variable != "RAGRACK_EMBED_MODEL_DIR"]
+    if settings is None or problems:
+        raise SettingsError(problems)
+    try:
+        print(Fingerprint.of(settings, arguments.model_dir).digest)
+    except ModelError as error:
+        raise _RefusedError(str(error)) from error
+    return 0
+
+
+def _settings_table(_: argparse.Namespace) -> int:
+    print(table(), end="")
+    return 0
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    settings = load()
+    collections = _collections(settings, arguments.collection)
+    if arguments.missing:
+        collections = [name for name in collections if _directory(settings, name).current_id() is None]
+    if not collections:
+        print("every collection has a snapshot", file=sys.stderr)
+        return 0
+    from ragrack.ingest import IngestError, ingest, progress_to
+
+    failed = 0
+    for name in collections:
+        try:
+            snapshot = ingest(settings, name, progress_to(sys.stderr, arguments.json))
+        except IngestError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed = 1
+            continue
+        manifest = snapshot.manifest
+        if arguments.json:
+            _print_json({"collection": name, "snapshot": snapshot.id, **_figures(manifest)})
+        else:
+            print(f"{name}: snapshot {snapshot.id}, {manifest.documents} documents, {manifest.nodes} nodes")
+    return failed
+
+
+def _index_list(arguments: argparse.Namespace) -> int:
+    rows = []
+    for directory in _directories(arguments.collection):
+        current = directory.current_id()
+        for snapshot in directory.list():
+            row = {"collection": directory.collection, "fingerprint": directory.fingerprint, "snapshot": snapshot.id}
+            rows.append({**row, "current": snapshot.id == current, **_figures(snapshot.manifest)})
+    if arguments.json:
+        _print_json(rows)
+        return 0
+    for row in rows:
+        mark = "*" if row["current"] else " "
+        print(f"{mark} {row['collection']} {row['fingerprint']} {row['snapshot']} {row['nodes']} nodes")
+    return 0
+
+
+def _index_show(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from ragrack.snapshot import SnapshotError
+
+    shown = []
+    try:
+        for directory, snapshot_id in _chosen(arguments):
+            shown.append(dataclasses.asdict(directory.get(snapshot_id).manifest))
+    except SnapshotError as error:
+        raise _RefusedError(str(error)) from error
+    _print_json(shown)
+    return 0
+
+
+def _index_verify(arguments: argparse.Namespace) -> int:
+    from ragrack.snapshot import SnapshotError
+
+    results = []
+    for directory, snapshot_id in _chosen(arguments):
+        problem = None
+        try:
+            directory.verify(snapshot_id)
+        except SnapshotError as error:
+            problem = str(error)
+        results.append({"collection": directory.collection, "snapshot": snapshot_id, "problem": problem})
+    if arguments.json:
+        _print_json(results)
+    else:
+        for result in results:
+            print(f"{result['collection']} {result['snapshot']}: {result['problem'] or 'as its manifest says'}")
+    return 1 if any(result["problem"] for result in results) else 0
+
+
+_INDEX = {"list": _index_list, "show": _index_show, "verify": _index_verify}
+
+
+def _golden(arguments: argparse.Namespace) -> int:
+    import asyncio
+
+    from ragrack.gate import GateError, Target, ask
+
+    key_file = arguments.key_file or (arguments.socket.with_name("gate.key") if arguments.socket else None)
+    try:
+        key = key_file.read_text(encoding="ascii").strip() if key_file else None
+    except OSError as error:
+        raise _RefusedError(f"the API key cannot be read from {key_file}: {error.strerror}") from error
+    target = Target(arguments.socket, arguments.url, arguments.cacert, key)
+    golden = _golden_set(arguments)
+    try:
+        report = asyncio.run(ask(target, arguments.collection, golden, allow_degraded=arguments.allow_degraded))
+    except GateError as error:
+        raise _RefusedError(str(error)) from error
+    if arguments.json:
+        _print_json(report.as_dict())
+    else:
+        print(report.summary())
+    return 0 if report.passed else 1
+
+
+def _golden_set(arguments: argparse.Namespace) -> GoldenSet | None:
+    from ragrack.golden import GoldenError, GoldenSet
+
+    directory = os.environ.get("RAGRACK_GOLDEN_DIR") or Settings.model_fields["golden_dir"].default
+    path = arguments.golden_file or Path(directory) / f"{arguments.collection}.yml"
+    if not path.exists() and arguments.allow_missing:
+        return None
+    rate = os.environ.get("RAGRACK_GOLDEN_MIN_HIT_RATE") or Settings.model_fields["golden_min_hit_rate"].default
+    try:
+        return GoldenSet.load(path, float(rate))
+    except GoldenError as error:
+        raise _RefusedError(str(error)) from error
+
+
+def _keys_new(arguments: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from ragrack.auth import ApiKey, KeysError, add_key, hash_key, new_key
+
+    key = new_key()
+    try:
+        entry = ApiKey(name=arguments.name, sha256=hash_key(key), expires=arguments.expires)
+        if arguments.file is not None:
+            add_key(arguments.file, entry)
+    except ValidationError as error:
+        raise _RefusedError("; ".join(f"--{e['loc'][0]}: {e['msg']}" for e in error.errors())) from error
+    except KeysError as error:
+        raise _RefusedError(str(error)) from error
+    stored = entry.model_dump(mode="json", exclude_none=True)
+    if arguments.json:
+        _print_json({"key": key, **stored})
+    else:
+        print(f"key:   {key}\nentry: {json.dumps(stored)}")
+        print("The key is shown this once.", file=sys.stderr)
+    return 0
+
+
+def _keys_hash(_: argparse.Namespace) -> int:
+    from ragrack.auth import hash_key
+
+    print(hash_key(sys.stdin.read().strip()))
+    return 0
+
+
+def _collections(settings: Settings, named: list[str] | None) -> list[str]:
+    unknown = sorted(set(named or ()) - set(settings.collections))
+    if unknown:
+        raise _RefusedError(
+            f"no such collection: {', '.join(unknown)}. Those there are: {', '.join(settings.collections)}"
+        )
+    return list(named or settings.collections)
+
+
+def _directory(settings: Settings, collection: str) -> SnapshotDir:
+    from ragrack.fingerprint import Fingerprint, ModelError
+    from ragrack.snapshot import SnapshotDir
+
+    try:
+        return SnapshotDir(settings.index_dir, collection, Fingerprint.of(settings).digest)
+    except ModelError as error:
+        raise _RefusedError(str(error)) from error
+
+
+def _directories(collection: str | None) -> list[SnapshotDir]:
+    """Of every fingerprint: those of other releases are worth seeing too, so no embedding model is asked for."""
+    from ragrack.snapshot import SnapshotDir
+
+    root = Path(os.environ.get("RAGRACK_INDEX_DIR") or Settings.model_fields["index_dir"].default)
+    return [d for d in SnapshotDir.all(root) if collection in (None, d.collection)]
+
+
+def _chosen(arguments: argparse.Namespace) -> list[tuple[SnapshotDir, str]]:
+    chosen = []
+    for directory in _directories(arguments.collection):
+        snapshot_id = arguments.snapshot or directory.current_id()
+        if snapshot_id is not None and (arguments.snapshot is None or (directory.snapshots / snapshot_id).is_dir()):
+            chosen.append((directory, snapshot_id))
+    if not chosen:
+        raise _RefusedError("there is no such snapshot; `ragrack index list` shows those there are")
+    return chosen
+
+
+def _figures(manifest: Any) -> dict[str, Any]:
+    names = ("created", "documents", "nodes", "engine", "golden", "skipped")
+    return {name: getattr(manifest, name) for name in names}
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))
