@@ -1,0 +1,345 @@
+"""The steps of a release's life on one host. Each checks first, then changes, and can be run again.
+
+A step returns an Outcome, or raises StateError. In check mode it changes nothing and says what it would have changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .fleet_lock import FleetLock
+from .release_service import (
+    Cli,
+    Systemd,
+    wait_for_empty_backlog,
+    wait_until_ready,
+    why_failed,
+    why_not_ready,
+)
+from .release_stage import Stager, unused_cache
+from .release_state import Releases, StateError, exclusively
+
+RUNNING = "active,activating,reloading,deactivating"
+WARM = "waiting"  # a timer that is yet to fire; one that has fired may stay active as `elapsed`
+
+
+@dataclass
+class Outcome:
+    """What a step did, or would do: `predicted` overrides the state of the host in the diff of check mode."""
+
+    changed: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Host:
+    """One host, and the run that works on it."""
+
+    releases: Releases
+    systemd: Systemd
+    run_dir: Path
+    who: str
+    run: str | None = None
+    what: str = ""
+    check: bool = False
+    ready: Callable[[Path], str | None] = why_not_ready
+
+    def unit(self, release: str) -> str:
+        return f"ragrack@{release}.service"
+
+    def timer(self, release: str) -> str:
+        return f"ragrack-drain@{release}.timer"
+
+    def socket(self, release: str) -> Path:
+        """By the short path that gunicorn bound, which is also how the kernel lists it."""
+        return self.run_dir / release / "gunicorn.sock"
+
+    def running(self) -> list[str]:
+        return self.systemd.instances("ragrack@.service", RUNNING)
+
+    def warm(self) -> list[str]:
+        """Releases that run until their time is up."""
+        return self.systemd.instances("ragrack-drain@.timer", WARM)
+
+    def check_ours(self) -> None:
+        """Raises StateError while another run holds the lock: what it is in the middle of is not ours to touch."""
+        holder = FleetLock(self.releases.root).holder()
+        if holder is not None and holder.run != self.run:
+            raise StateError(f"{holder.words()}; nothing was changed")
+
+    def state(self) -> dict[str, Any]:
+        """What a diff shows."""
+        return {
+            "current": self.releases.current(),
+            "releases": sorted(self.releases.all()),
+            "running": self.running(),
+            "bad": sorted(self.releases.bad()),
+        }
+
+
+def query(host: Host, target: str | None, history_lines: int) -> Outcome:
+    """Facts of the host; resolves `target` (`previous` or an id) to what a rollback would go to."""
+    releases = host.releases
+    current, previous, bad = releases.current(), releases.previous(), releases.bad()
+    running, warm = host.running(), host.warm()
+    holder = FleetLock(releases.root).holder()
+    facts: dict[str, Any] = {
+        "releases": [
+            {
+                "id": release.id,
+                "version": release.version,
+                "artifact": release.artifact,
+                "python": release.python,
+                "staged_at": release.created,
+                "live": release.id == current,
+                "previous": release.id == previous,
+                "bad": release.id in bad,
+                "bad_reason": bad.get(release.id, ""),
+                "running": release.id in running,
+                "warm": release.id in warm,
+            }
+            for release in releases.all().values()
+        ],
+        "history": releases.history.read()[-history_lines:] if history_lines else [],
+        "lock": None if holder is None else vars(holder),
+    }
+    if target is not None:
+        facts["target"] = releases.resolve(target)
+    return Outcome(facts=facts)
+
+
+def staged(host: Host, stager: Stager, min_free_mb: int) -> Outcome:
+    """Build the release below `releases`, unless it is there."""
+    releases = host.releases
+    if stager.id in releases.all():
+        return Outcome(facts={"env_built": False, "stage_seconds": {}})
+    if releases.path(stager.id).exists():
+        raise StateError(f"{releases.path(stager.id)} is there but has no release.json; look at it, then remove it")
+    began = time.monotonic()
+    stager.artifact.verify()
+    verified = round(time.monotonic() - began, 3)
+    stager.check_space(min_free_mb)
+    predicted = {"releases": sorted([*releases.all(), stager.id])}
+    if host.check:
+        return Outcome(True, {"env_built": not stager.has_env, "stage_seconds": {"verify": verified}}, predicted)
+    releases.dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with exclusively(releases.dir):
+        host.check_ours()
+        if stager.id in releases.all():
+            return Outcome(facts={"env_built": False, "stage_seconds": {}})
+        built = stager.build()
+        releases.history.append(
+            {"event": "staged", "release": stager.id, "who": host.who, "run": host.run, "what": host.what}
+        )
+    return Outcome(True, {"env_built": built, "stage_seconds": {"verify": verified, **stager.seconds}}, predicted)
+
+
+def indexed(host: Host, release: str, collections: Sequence[str], index_dir: Path, timeout: float) -> Outcome:
+    """Build the snapshots that the release lacks: those of its own fingerprint."""
+    if host.check and release not in host.releases.all():
+        return Outcome(True, {"missing_snapshots": list(collections)})
+    host.releases.require(release)
+    cli = Cli(host.releases.path(release))
+    collections = collections or cli.collections()
+    fingerprint = cli.fingerprint(timeout=60)
+
+    def missing() -> list[str]:
+        return [name for name in collections if not (index_dir / name / fingerprint / "current").exists()]
+
+    lacking = missing()
+    facts = {"missing_snapshots": lacking, "fingerprint": fingerprint}
+    if host.check or not lacking:
+        return Outcome(bool(lacking), facts)
+    unit = f"ragrack-index@{release}.service"
+    _check_loaded(host, unit)
+    failed = host.systemd.start(unit, timeout)
+    if failed is None and missing():
+        failed = f"{unit} ended without a snapshot of {', '.join(missing())} for fingerprint {fingerprint}"
+    if failed is not None:
+        log = host.systemd.journal(unit)
+        host.systemd.stop(unit)
+        raise StateError(f"the index of release {release} could not be built: {failed}", log, **facts)
+    return Outcome(True, facts)
+
+
+def started(host: Host, release: str, timeout: float) -> Outcome:
+    """Start the release beside what is live and wait until it is ready. One that cannot is stopped and marked bad."""
+    if host.check and release not in host.releases.all():
+        return Outcome(True, predicted={"running": sorted({*host.running(), release})})
+    host.releases.require(release)
+    unit = host.unit(release)
+    was_warm = release in host.warm()
+    running = host.systemd.show(unit).active == "active"
+    unready = host.ready(host.socket(release)) if running else None
+    done = running and unready is None
+    predicted = {"running": sorted({*host.running(), release})}
+    if host.check:
+        return Outcome(not done or was_warm, predicted=predicted)
+    _check_loaded(host, unit)
+    if was_warm:
+        host.systemd.stop(host.timer(release))  # or it would stop the release while it is being switched to
+    if done:
+        return Outcome(was_warm, predicted=predicted)
+    began = time.monotonic()
+    failed = wait_until_ready(host.systemd, unit, host.socket(release), timeout, host.ready)
+    if failed is not None:
+        raise _failed(host, release, f"release {release} did not start: {failed}", failed)
+    return Outcome(True, {"start_seconds": round(time.monotonic() - began, 3)}, predicted)
+
+
+def gated(host: Host, release: str, collections: Sequence[str], timeout: float) -> Outcome:
+    """Ask the golden questions of each collection. A release that does not pass is stopped and marked bad."""
+    if host.check:
+        return Outcome(facts={"golden": {}})
+    host.releases.require(release)
+    life = host.systemd.show(host.unit(release))
+    if life.active != "active":
+        raise StateError(f"release {release} is {life.active}: it must be started before it is asked")
+    cli, socket = Cli(host.releases.path(release)), host.socket(release)
+    reports: dict[str, dict[str, Any]] = {}
+    problems = []
+    for collection in collections or cli.collections():
+        try:
+            report = cli.golden(collection, socket, socket.with_name("gate.key"), timeout)
+        except StateError as error:
+            problems.append(str(error))
+            continue
+        reports[collection] = report
+        if not report["passed"]:
+            problems.append(f"{collection}: {why_failed(report)}")
+    if problems:
+        reason = "gate: " + " | ".join(problems)
+        raise _failed(
+            host, release, f"release {release} did not pass its gate: {' | '.join(problems)}", reason, reports
+        )
+    if host.systemd.show(host.unit(release)).invocation != life.invocation:
+        raise _failed(host, release, f"release {release} was restarted while it was asked", "gate: it was restarted")
+    host.releases.remember_gate(release, life.invocation)
+    return Outcome(facts={"golden": reports})
+
+
+def live(host: Host, release: str, how: str) -> Outcome:
+    """Point `current` at the release, which must have passed its gate since it was started."""
+    current = host.releases.current()
+    predicted = {"current": release}
+    if current == release:
+        return Outcome(facts={"flip_ms": 0.0}, predicted=predicted)
+    if host.check and release not in host.releases.all():
+        return Outcome(True, {"flip_ms": 0.0}, predicted)
+    host.releases.require(release)
+    if how == "rollback":
+        host.releases.resolve(release)
+    if host.check:
+        return Outcome(True, {"flip_ms": 0.0}, predicted)
+    with exclusively(host.releases.dir):
+        host.check_ours()
+        if release in host.warm():
+            host.systemd.stop(host.timer(release))
+        life = host.systemd.show(host.unit(release))
+        if life.active != "active":
+            raise StateError(f"release {release} is {life.active}; start it and ask it its questions first")
+        if host.releases.gated_in(release) != life.invocation:
+            raise StateError(f"release {release} has not passed its gate since it was started; ask its questions first")
+        took = host.releases.flip(release, how=how, who=host.who, what=host.what, run=host.run)
+    return Outcome(True, {"flip_ms": round(took, 2)}, predicted)
+
+
+def drained(host: Host, keep_warm: float, settle: float, timeout: float) -> Outcome:
+    """Send every other running release on its way.
+
+    One that was live stays warm if `keep_warm` is not 0, for as long as its timer on the host says. With 0, or where
+    it is bad or never was live, it is stopped as soon as nothing has waited on its socket for `settle` seconds.
+    """
+    current = host.releases.current()
+    bad = host.releases.bad()
+    flips = [event for event in host.releases.history.read() if event.get("event") == "live"]
+    was_live = {flip[end] for flip in flips for end in ("from", "to")}
+    others = [release for release in host.running() if release != current]
+    warm = set(host.warm())
+    to_warm = [release for release in others if keep_warm > 0 and release in was_live and release not in bad]
+    to_stop = [release for release in others if release not in to_warm]
+    new_warm = [release for release in to_warm if release not in warm]
+    facts = {"stopped": to_stop, "warm": to_warm}
+    predicted = {"running": [release for release in host.running() if release not in to_stop]}
+    if host.check:
+        return Outcome(bool(new_warm or to_stop), facts, predicted)
+    for release in new_warm:
+        host.systemd.restart(host.timer(release))
+    dropped = 0
+    for release in to_stop:
+        dropped += wait_for_empty_backlog(host.systemd, host.socket(release), settle, timeout)
+        if release in warm:
+            host.systemd.stop(host.timer(release))
+        host.systemd.stop(host.unit(release))
+        host.releases.forget_gate(release)
+    return Outcome(bool(new_warm or to_stop), {**facts, "dropped": dropped}, predicted)
+
+
+def pruned(host: Host, keep: int, protect: set[str], cache: Path) -> Outcome:
+    """Remove releases that nothing needs, what dead runs left, and what of the cache no release is made of."""
+    releases = host.releases
+    if not releases.dir.is_dir():
+        return Outcome(facts={"removed": [], "removed_leftovers": []})
+    with exclusively(releases.dir):
+        host.check_ours()
+        protect = protect | set(host.running()) | set(host.warm())
+        gone = releases.prunable(keep, protect, host.run)
+        stay = {release.env for release in releases.all().values() if release.id not in gone}
+        leftovers = releases.leftovers()
+        if not host.check:
+            for release in gone:
+                releases.remove(release)
+        stale = [*leftovers, *unused_cache(cache, stay)]
+        if not host.check:
+            for path in stale:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return Outcome(
+        bool(gone or stale),
+        {"removed": gone, "removed_leftovers": [str(path) for path in stale]},
+        {"releases": sorted(set(releases.all()) - set(gone))},
+    )
+
+
+def bad(host: Host, release: str, reason: str) -> Outcome:
+    """Mark a release bad by hand."""
+    host.releases.require(release)
+    predicted = {"bad": sorted({*host.releases.bad(), release})}
+    if host.check:
+        return Outcome(host.releases.bad().get(release) != reason, predicted=predicted)
+    return Outcome(host.releases.mark_bad(release, reason, who=host.who, run=host.run), predicted=predicted)
+
+
+def audit(host: Host, record: Mapping[str, Any]) -> Outcome:
+    """Add the play's one line to the history. To have written down what was done is no change of its own."""
+    if not host.check:
+        host.releases.root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        host.releases.history.append({"event": "audit", "who": host.who, "what": host.what, **record, "run": host.run})
+    return Outcome()
+
+
+def _check_loaded(host: Host, unit: str) -> None:
+    if not host.systemd.show(unit).loaded:
+        raise StateError(f"there is no unit {unit} on this host; run playbooks/site.yml on it. Nothing was changed")
+
+
+def _failed(
+    host: Host, release: str, message: str, reason: str, reports: Mapping[str, Any] | None = None
+) -> StateError:
+    """Stop and mark a release that failed, but never the one that serves, nor what another run has taken over."""
+    log = host.systemd.journal(host.unit(release))
+    facts = {"golden": dict(reports)} if reports is not None else {}
+    if release == host.releases.current():
+        return StateError(f"{message}; it is live, so it was left as it is", log, **facts)
+    try:
+        host.check_ours()
+    except StateError as error:
+        return StateError(f"{message}; it was left as it is: {error}", log, **facts)
+    host.systemd.stop(host.unit(release))
+    host.releases.mark_bad(release, reason, who=host.who, run=host.run)
+    return StateError(f"{message}; it was stopped and marked bad", log, **facts)
