@@ -114,9 +114,12 @@ async def ask(target: Target, collection: str, golden: GoldenSet | None, *, allo
         probe = await _post(client, {"query": first, "collection": collection})
         version = await _json(client.get("/version"))
 
-    failed = []
+    failed: list[Failed] = []
     hit_rate = mrr = None
-    passed = allow_degraded or not probe["degraded"]
+    passed = True
+    if probe["degraded"] and not allow_degraded:
+        passed = False
+        failed.append(Failed(first, ["an answer by the LLM"], ["sentences: the LLM did not answer"]))
     if golden is not None:
 
         async def retrieved(question: str, _: int) -> list[str]:
@@ -124,7 +127,7 @@ async def ask(target: Target, collection: str, golden: GoldenSet | None, *, allo
 
         report = await evaluate(golden, retrieved)
         hit_rate, mrr, passed = report.hit_rate, report.mrr, passed and report.passed
-        failed = [
+        failed += [
             Failed(item.question, item.sources, await retrieved(item.question, golden.k))
             for item in golden.questions
             if item.question in report.failed

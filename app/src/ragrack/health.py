@@ -42,6 +42,8 @@ class ReadinessReport(BaseModel):
     ready: bool
     degraded: bool
     release: str
+    reasons: list[str]
+    """Of the failed checks, each with its name."""
     checks: list[CheckResult]
 
 
@@ -62,6 +64,7 @@ class Readiness:
                     ready=all(result.ok for result in results if result.required),
                     degraded=any(not result.ok for result in results if not result.required),
                     release=self._release,
+                    reasons=[f"{result.name}: {result.reason}" for result in results if not result.ok],
                     checks=results,
                 )
                 self._log_changes(report)

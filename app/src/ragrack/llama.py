@@ -16,6 +16,7 @@ from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelpe
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.settings import _Settings
 
+from ragrack.sentences import split_sentences
 from ragrack.settings import Settings
 
 
@@ -46,7 +47,10 @@ def globals_sealed(settings: Settings, tokens: Callable[[str], list[int]]) -> It
     LlamaSettings.tokenizer = tokens
     LlamaSettings.callback_manager = CallbackManager()
     LlamaSettings.node_parser = SentenceSplitter(
-        chunk_size=settings.chunk_size, chunk_overlap=settings.chunk_overlap, tokenizer=tokens
+        chunk_size=settings.chunk_size,
+        chunk_overlap=settings.chunk_overlap,
+        tokenizer=tokens,
+        chunking_tokenizer_fn=split_sentences,
     )
     LlamaSettings.transformations = [LlamaSettings.node_parser]
     LlamaSettings.prompt_helper = PromptHelper(settings.context_window, settings.num_output, tokenizer=tokens)

@@ -31,6 +31,7 @@ from ragrack.fingerprint import Fingerprint, ModelError
 from ragrack.handle import IndexHandle, IndexUnavailableError
 from ragrack.health import Check
 from ragrack.llama import GlobalFallbackError, globals_sealed
+from ragrack.sentences import split_sentences
 from ragrack.settings import Settings
 from ragrack.snapshot import SnapshotDir
 
@@ -159,7 +160,11 @@ class QueryService:
         # Nodes of the text alone: the optimizer rewrites what it is given, and would take metadata for sentences.
         passages = [NodeWithScore(node=TextNode(text=n.text), score=n.score) for n in nodes[:EXTRACT_NODES]]
         optimizer = SentenceEmbeddingOptimizer(
-            embed_model=self._embedding, percentile_cutoff=EXTRACT_SHARE, context_before=0, context_after=0
+            embed_model=self._embedding,
+            percentile_cutoff=EXTRACT_SHARE,
+            tokenizer_fn=split_sentences,
+            context_before=0,
+            context_after=0,
         )
         passages = await optimizer.apostprocess_nodes(passages, bundle)
         for number, passage in enumerate(passages, start=1):
