@@ -19,7 +19,7 @@ from ragrack.fingerprint import ModelError, read_model_json
 class MiniLMEmbedding(BaseEmbedding):
     """384 numbers of unit length for a text; what is past its first 256 tokens is not seen.
 
-    Each text is a run of its own on one core. That is faster than batches, which do not fit the cache, and a text's vector
+    Each text is a run of its own on one core. That is faster than batches, which fit no cache, and a text's vector
     does not depend on its neighbours, as it does where they share the range of an 8-bit activation.
     """
 

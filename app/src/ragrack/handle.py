@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ragrack.snapshot import Snapshot, SnapshotDir
+from ragrack.snapshot import Snapshot, SnapshotDir, SnapshotError
 from ragrack.store import SnapshotVectorStore
 
 
@@ -14,44 +16,128 @@ class IndexUnavailableError(Exception):
     """No snapshot is open; the message says why and what mends it. A 503, not a 500."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OpenSnapshot:
+    """A snapshot and its store; `users` and `retired` are the handle's."""
+
     snapshot: Snapshot
     store: SnapshotVectorStore
+    users: int = field(default=0, repr=False)
+    retired: bool = field(default=False, repr=False)
 
 
 class IndexHandle:
-    """Make it after the fork. Nothing raises for a bad or missing snapshot but `use`: a worker starts unready and says why."""
+    """What a worker answers from. Make it after the fork.
+
+    Only `use` raises for a missing or bad snapshot: a worker starts unready, says why, and follows `current` from there.
+    A bad one is never swapped in; the one that is open goes on answering.
+    """
 
     def __init__(
         self, directory: SnapshotDir, *, threads: int = 2, warm: Callable[[SnapshotVectorStore], None] | None = None
     ) -> None:
-        raise NotImplementedError
+        self._directory = directory
+        self._threads = threads
+        self._warm = warm
+        self._lock = threading.Lock()
+        self._polling = threading.Lock()
+        self._open: OpenSnapshot | None = None
+        self._problem: str | None = None
+        self._closed = False
+        self.poll()
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The one that answers now."""
+        return self._open.snapshot if self._open else None
 
     @property
     def snapshot_id(self) -> str | None:
-        """The one that answers now."""
-        raise NotImplementedError
+        """The id of the one that answers now."""
+        return self._open.snapshot.id if self._open else None
 
     @property
     def problem(self) -> str | None:
         """Why what `current` points at is not what answers; None when all is well."""
-        raise NotImplementedError
+        return self._problem
 
     @contextlib.contextmanager
     def use(self) -> Iterator[OpenSnapshot]:
-        """The open snapshot, which stays open until the block ends whatever `current` does. Raises IndexUnavailableError."""
-        raise NotImplementedError
-        yield
+        """The open snapshot. It stays open until the block ends, whatever `current` does.
+
+        Raises IndexUnavailableError.
+        """
+        with self._lock:
+            opened = self._open
+            if opened is None:
+                raise IndexUnavailableError(self._problem or "the index is closed")
+            opened.users += 1
+        try:
+            yield opened
+        finally:
+            self._leave(opened)
 
     def poll(self) -> bool:
-        """Follows `current`: opens, warms, swaps. True when it swapped. Blocking."""
-        raise NotImplementedError
+        """Follows `current`: opens, warms, swaps. True when it swapped. Blocks while it opens."""
+        with self._polling:
+            if self._closed:
+                return False
+            try:
+                snapshot = self._directory.current()
+                if snapshot is None:
+                    raise SnapshotError(
+                        f"collection {self._directory.collection} has no index with fingerprint "
+                        f"{self._directory.fingerprint}: run `ragrack ingest --collection {self._directory.collection}`"
+                    )
+                if snapshot.id == self.snapshot_id:
+                    self._problem = None
+                    return False
+                snapshot.check()
+                fresh = OpenSnapshot(snapshot, self._open_warm(snapshot))
+            except (SnapshotError, OSError) as error:
+                self._problem = str(error)
+                return False
+            self._swap(fresh)
+            self._problem = None
+            return True
 
     async def watch(self, interval: float = 1.0) -> None:
-        """Polls every `interval` seconds in a thread until cancelled."""
-        raise NotImplementedError
+        """Polls every `interval` seconds, in a thread, until cancelled."""
+        while True:
+            await asyncio.sleep(interval)
+            await asyncio.to_thread(self.poll)
 
     def close(self) -> None:
-        """After the last query has ended, the store is closed."""
-        raise NotImplementedError
+        """No new query is let in; the store is closed when the last one has ended."""
+        with self._polling:
+            self._closed = True
+            self._swap(None)
+
+    def _open_warm(self, snapshot: Snapshot) -> SnapshotVectorStore:
+        store = SnapshotVectorStore.open(snapshot.path, self._threads)
+        try:
+            if len(store) != snapshot.manifest.nodes or store.dimensions != snapshot.manifest.dimensions:
+                raise SnapshotError(f"snapshot {snapshot.id}: its files are not those of its manifest")
+            if self._warm is not None:
+                self._warm(store)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _swap(self, fresh: OpenSnapshot | None) -> None:
+        with self._lock:
+            old, self._open = self._open, fresh
+            if old is None:
+                return
+            old.retired = True
+            unused = old.users == 0
+        if unused:
+            old.store.close()
+
+    def _leave(self, opened: OpenSnapshot) -> None:
+        with self._lock:
+            opened.users -= 1
+            unused = opened.retired and opened.users == 0
+        if unused:
+            opened.store.close()
