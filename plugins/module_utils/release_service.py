@@ -302,6 +302,8 @@ def why_failed(report: Mapping[str, Any]) -> str:
     words = [f"hit rate@{report.get('k')} {report.get('hit_rate')}, MRR {report.get('mrr')}"]
     if report.get("degraded"):
         words.append("the LLM did not answer")
-    for failed in report.get("failed", []):
-        words.append(f"failed: {failed.get('question')!r} (expected {failed.get('expected')}, got {failed.get('got')})")
+    words += [
+        f"failed: {failed.get('question')!r} (expected {failed.get('expected')}, got {failed.get('got')})"
+        for failed in report.get("failed", [])
+    ]
     return "; ".join(words)

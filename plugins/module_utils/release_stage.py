@@ -242,7 +242,7 @@ def site_packages(venv: Path) -> Path:
 
 def compile_bytecode(venv: Path, paths: list[Path]) -> None:
     """Byte-compile once and for all: nothing on the host checks the sources again, as a release never changes."""
-    compiler = [venv / "bin/python", "-I", "-m", "compileall", "-q", "-j", "0"]
+    compiler: list[str | Path] = [venv / "bin/python", "-I", "-m", "compileall", "-q", "-j", "0"]
     done = subprocess.run(
         [*compiler, "--invalidation-mode", "unchecked-hash", *paths],
         capture_output=True,

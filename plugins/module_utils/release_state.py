@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +157,16 @@ def live_stack(history: Iterable[Event], current: str | None) -> list[str]:
     flip, or `current`, starts where that one started. The link also wins over the history if somebody moved it by hand.
     """
     flips = [event for event in history if event.get("event") == "live"]
-    stack: list[str] = []
-    for number, flip in enumerate(flips):
-        came_true = flips[number + 1].get("from") if number + 1 < len(flips) else current
-        if came_true == flip["to"]:
-            stack = _rolled_back(stack, flip["to"]) if flip["how"] == "rollback" else [*stack, flip["to"]]
-        elif came_true is not None and (not stack or stack[-1] != came_true):
-            stack = _rolled_back(stack, came_true)
-    if current is not None and (not stack or stack[-1] != current):
-        stack = _rolled_back(stack, current)
+    stack: list[str] = [flips[0]["from"]] if flips and flips[0]["from"] else []
+    for flip, following in zip_longest(flips, flips[1:]):
+        then = following["from"] if following else current
+        if then == flip["from"]:
+            continue
+        stack = _rolled_back(stack, flip["to"]) if flip["how"] == "rollback" else [*stack, flip["to"]]
+        if then is not None and then != flip["to"]:
+            stack = _rolled_back(stack, then)
+    if current is not None and not stack:
+        stack = [current]
     return stack
 
 

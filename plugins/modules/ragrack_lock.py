@@ -76,8 +76,9 @@ EXAMPLES = r"""
 
 RETURN = r"""
 holder:
-  description: Who holds the lock, on failure too, or null; C(run), C(owner), C(controller), C(machine), C(boot), C(pid),
-    C(pid_started), C(why) and C(since).
+  description:
+    - Who holds the lock, on failure too, or null.
+    - C(run), C(owner), C(controller), C(machine), C(boot), C(pid), C(pid_started), C(why) and C(since).
   type: dict
   returned: always
 released: {description: Whose lock was given up., type: dict, returned: when O(state=absent) gave up one}

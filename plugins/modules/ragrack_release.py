@@ -9,8 +9,8 @@ short_description: Stage, start, gate, switch, drain and prune releases of ragra
 description:
   - One call is one step of a deploy or a rollback on one host. Each step checks everything it needs before it changes
     anything, is atomic, and can be run again after dying at any point.
-  - C(current) below O(root) is the only pointer. What was live before is read from C(history.jsonl), never from the time
-    of a file.
+  - C(current) below O(root) is the only pointer. What was live before is read from C(history.jsonl), never from the
+    time of a file.
   - While another run holds the fleet's lock (see M(ragrack_lock)), every O(state) but V(query) and V(audit) is refused.
   - Needs systemd 252, iproute2 and coreutils; V(staged) needs uv. No package index is asked.
 options:
@@ -105,7 +105,8 @@ options:
     default: /var/lib/ragrack/indexes
   timeout:
     description:
-      - Seconds to wait. Where not given, V(started) 60, V(gated) 120 for each collection, V(indexed) 3600, V(drained) 30.
+      - Seconds to wait.
+      - Where not given, V(started) 60, V(gated) 120 for each collection, V(indexed) 3600, V(drained) 30.
     type: float
   how:
     description: With O(state=live), whether this is a deploy or a rollback.
@@ -114,12 +115,12 @@ options:
     default: deploy
   keep_warm:
     description:
-      - With O(state=drained), 0 stops what was live before at once; anything else starts C(ragrack-drain@ID.timer), which
-        knows how long.
+      - With O(state=drained), 0 stops what was live before at once.
+      - Anything else starts C(ragrack-drain@ID.timer), which knows how long.
     type: float
     default: 600
   settle:
-    description: With O(state=drained), seconds for which nothing may have waited on a socket when its release is stopped.
+    description: With O(state=drained), a release is stopped once nothing has waited on its socket for so many seconds.
     type: float
     default: 1.5
   keep:
@@ -194,8 +195,10 @@ previous:
   type: str
   returned: always
 releases:
-  description: The releases on the host, each with C(id), C(version), C(artifact), C(python), C(staged_at), C(live), C(previous),
-    C(bad), C(bad_reason), C(running) and C(warm).
+  description:
+    - The releases on the host.
+    - Each has C(id), C(version), C(artifact), C(python), C(staged_at), C(live), C(previous), C(bad), C(bad_reason),
+      C(running) and C(warm).
   type: list
   elements: dict
   returned: with O(state=query)
