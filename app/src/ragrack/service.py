@@ -18,13 +18,13 @@ from typing import Literal
 import httpx
 from llama_index.core import Settings as LlamaSettings
 from llama_index.core import VectorStoreIndex
-from llama_index.core.llms import MockLLM
+from llama_index.core.indices.vector_store import VectorIndexRetriever
+from llama_index.core.llms import LLM, MockLLM
 from llama_index.core.postprocessor import SentenceEmbeddingOptimizer, SimilarityPostprocessor
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.response_synthesizers.context_only import ContextOnly
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
-from llama_index.llms.openai_like import OpenAILike
 
 from ragrack.embedding import MiniLMEmbedding
 from ragrack.fingerprint import Fingerprint, ModelError
@@ -84,7 +84,7 @@ class QueryService:
         embedding: MiniLMEmbedding | None,
         fingerprint: str | None,
         handles: Mapping[str, IndexHandle],
-        llm: OpenAILike | None,
+        llm: LLM | None,
         llm_http: httpx.AsyncClient | None,
     ) -> None:
         self._settings = settings
@@ -124,7 +124,8 @@ class QueryService:
     async def _retrieve(self, bundle: QueryBundle, collection: str, top_k: int) -> list[NodeWithScore]:
         try:
             with self._handles[collection].use() as opened:
-                retriever = self._index(collection, opened.store).as_retriever(similarity_top_k=top_k)
+                index = self._index(collection, opened.store)
+                retriever = VectorIndexRetriever(index, similarity_top_k=top_k, embed_model=self._embedding)
                 nodes = await retriever.aretrieve(bundle)
         except IndexUnavailableError as error:
             raise NotReadyError from error
@@ -162,7 +163,7 @@ class QueryService:
         optimizer = SentenceEmbeddingOptimizer(
             embed_model=self._embedding,
             percentile_cutoff=EXTRACT_SHARE,
-            tokenizer_fn=split_sentences,
+            tokenizer_fn=_sentences,
             context_before=0,
             context_after=0,
         )
@@ -236,6 +237,12 @@ class _Clock:
         return {name: round(s * 1000, 3) for name, s in (self._laps | {"total": self._last - self._start}).items()}
 
 
+def _sentences(text: str) -> list[str]:
+    """Those worth quoting: without line breaks, and without the fragments that headings and tables leave."""
+    sentences = [" ".join(sentence.split()) for sentence in split_sentences(text)]
+    return [sentence for sentence in sentences if sentence.count(" ") >= 3] or sentences
+
+
 def _source(scored: NodeWithScore) -> Source:
     node = scored.node
     return Source(
@@ -301,8 +308,11 @@ def _llm_client(settings: Settings) -> httpx.AsyncClient:
     )
 
 
-def _llm(settings: Settings, client: httpx.AsyncClient) -> OpenAILike:
-    return OpenAILike(
+def _llm(settings: Settings, client: httpx.AsyncClient) -> LLM:
+    # Importing OpenAI's client takes half a second, which services without an LLM need not wait for.
+    from llama_index.llms.openai_like import OpenAILike
+
+    llm: LLM = OpenAILike(
         model=settings.llm_model,
         api_base=str(settings.llm_base_url).rstrip("/"),
         api_key=_llm_key(settings),
@@ -313,3 +323,4 @@ def _llm(settings: Settings, client: httpx.AsyncClient) -> OpenAILike:
         max_retries=0,
         async_http_client=client,
     )
+    return llm
