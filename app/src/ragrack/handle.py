@@ -29,7 +29,7 @@ class OpenSnapshot:
 class IndexHandle:
     """What a worker answers from. Make it after the fork.
 
-    Only `use` raises for a missing or bad snapshot: a worker starts unready, says why, and follows `current` from there.
+    Only `use` raises for a missing or bad snapshot: a worker starts unready, says why, and follows `current` on.
     A bad one is never swapped in; the one that is open goes on answering.
     """
 

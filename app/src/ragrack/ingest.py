@@ -1,30 +1,322 @@
-"""Documents to a live snapshot."""
+"""Documents to a live snapshot.
+
+Read, embed what has changed, write a snapshot aside, ask it the golden questions, make it the live one. It writes only
+below the index directory and can be killed at any point and run again. `current` moves last, or not at all.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from ragrack.snapshot import Snapshot
+from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import BaseNode, Document
+from llama_index.core.vector_stores.types import VectorStoreQuery
+
+from ragrack.embedding import MiniLMEmbedding
+from ragrack.fingerprint import Fingerprint, ModelError
+from ragrack.golden import GoldenError, GoldenReport, GoldenSet, evaluate
+from ragrack.readers import DocumentError, find_documents, read_document
+from ragrack.sentences import split_sentences
+from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, timestamp
+from ragrack.staging import Staging
+from ragrack.store import SnapshotVectorStore, write_snapshot_files
 
 if TYPE_CHECKING:
     from ragrack.settings import Settings
 
+BATCH_CHARACTERS = 64_000
+"""Of text, or one document: what a killed run loses, about a second's work."""
+KEEP = 5
+"""Snapshots of a fingerprint, beside the live one."""
+
 
 class IngestError(Exception):
-    """Nothing was changed; the message says why and what mends it."""
+    """The live snapshot is the one it was; the message says why and what mends it."""
 
 
 class Progress(Protocol):
-    """Told of each batch, and of each document that was skipped (`note`)."""
+    """Told of each batch; `note` is for a person's eyes: a document that was skipped, the golden questions' result."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
 
-def progress_to(stream: TextIO, as_json: bool) -> Progress:
-    """A bar on a terminal, else (or with as_json) JSON lines."""
-    raise NotImplementedError
-
-
 def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
-    """Raises IngestError (refused, no documents, golden questions failed)."""
-    raise NotImplementedError
+    """Builds a snapshot of the collection's documents and makes it live; the live one, where nothing has changed.
+
+    Raises IngestError: another run is at it, there are no documents, the disk is full, the golden questions failed.
+    """
+    documents = settings.documents_dir / collection
+    golden_file = settings.golden_dir / f"{collection}.yml"
+    try:
+        golden = GoldenSet.load(golden_file, settings.golden_min_hit_rate) if golden_file.exists() else None
+        fingerprint = Fingerprint.of(settings)
+    except (GoldenError, ModelError) as error:
+        raise IngestError(str(error)) from error
+    paths = list(find_documents(documents))
+    if not paths:
+        raise IngestError(
+            f"{documents} holds no documents: put .html, .md or .txt files there (an index is never emptied by itself)"
+        )
+    directory = SnapshotDir(settings.index_dir, collection, fingerprint.digest)
+    staged = directory.root / "staging.sqlite"
+    try:
+        directory.snapshots.mkdir(parents=True, exist_ok=True)
+        with _locked(settings.index_dir / collection / ".ingest.lock"), contextlib.ExitStack() as stack:
+            embedding = MiniLMEmbedding.load(settings.embed_model_dir, threads=len(os.sched_getaffinity(0)))
+            stack.callback(embedding.close)
+            staging = Staging(staged)
+            stack.callback(staging.close)
+            # What dead runs left, before the disk is needed.
+            directory.prune(KEEP)
+            _stage(staging, embedding, settings, documents, paths, progress)
+            before = directory.current_id()
+            snapshot = _publish(staging, embedding, directory, fingerprint, golden, progress)
+            directory.flip(snapshot.id, "ingest")
+            directory.prune(KEEP)
+    except (ModelError, SnapshotError) as error:
+        raise IngestError(str(error)) from error
+    except sqlite3.OperationalError as error:
+        raise IngestError(f"cannot write below {directory.root}: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise IngestError(f"{staged} is damaged ({error}): remove it, and all is embedded anew") from error
+    except OSError as error:
+        raise IngestError(f"cannot write below {settings.index_dir}: {error}") from error
+    manifest = snapshot.manifest
+    outcome = "is still what the documents say" if snapshot.id == before else "is live"
+    counts = f"{manifest.documents} documents, {manifest.nodes} nodes, {len(manifest.skipped)} skipped"
+    progress("done", 1, 1, f"snapshot {snapshot.id} {outcome}: {counts}")
+    return snapshot
+
+
+def _stage(
+    staging: Staging,
+    embedding: MiniLMEmbedding,
+    settings: Settings,
+    root: Path,
+    paths: list[Path],
+    progress: Progress,
+) -> None:
+    """Brings the staging area in step with the documents."""
+    known = staging.files()
+    with staging.transaction():
+        for gone in known.keys() - {path.relative_to(root).as_posix() for path in paths}:
+            staging.forget(gone)
+    pipeline = IngestionPipeline(
+        transformations=[
+            SentenceSplitter(
+                chunk_size=settings.chunk_size,
+                chunk_overlap=settings.chunk_overlap,
+                paragraph_separator="\n\n",
+                tokenizer=embedding.tokens,
+                chunking_tokenizer_fn=split_sentences,
+                id_func=_node_id,
+            ),
+            embedding,
+        ],
+        vector_store=staging.vector_store,
+        docstore=staging.docstore,
+        docstore_strategy=DocstoreStrategy.UPSERTS,
+        disable_cache=True,
+    )
+    total = len(paths)
+
+    def embed(batch: list[tuple[Document, str]]) -> None:
+        try:
+            with staging.transaction():
+                pipeline.run(documents=[document for document, _ in batch], store_doc_text=False)
+                for document, sha256 in batch:
+                    staging.note_file(document.doc_id, sha256)
+        except (ValueError, RecursionError) as error:
+            if len(batch) > 1:
+                for one in batch:
+                    embed([one])
+            else:
+                document, sha256 = batch[0]
+                skip(document.doc_id, sha256, f"{document.doc_id}: cannot be split into nodes ({error})")
+
+    def skip(name: str, sha256: str, problem: str) -> None:
+        with staging.transaction():
+            staging.remove_nodes(name)
+            staging.note_file(name, sha256, problem)
+
+    progress("embed", 0, total)
+    batch: list[tuple[Document, str]] = []
+    for number, path in enumerate(paths, start=1):
+        name = path.relative_to(root).as_posix()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            skip(name, "", f"{name}: cannot be read ({error.strerror})")
+            continue
+        sha256 = hashlib.sha256(data).hexdigest()
+        if known.get(name) == sha256:
+            continue
+        try:
+            batch.append((read_document(root, path, data), sha256))
+        except DocumentError as error:
+            skip(name, sha256, str(error))
+        if sum(len(document.text) for document, _ in batch) >= BATCH_CHARACTERS:
+            embed(batch)
+            batch = []
+            progress("embed", number, total)
+    if batch:
+        embed(batch)
+    progress("embed", total, total)
+    for problem in staging.problems():
+        progress("embed", total, total, f"skipped {problem}")
+
+
+def _publish(
+    staging: Staging,
+    embedding: MiniLMEmbedding,
+    directory: SnapshotDir,
+    fingerprint: Fingerprint,
+    golden: GoldenSet | None,
+    progress: Progress,
+) -> Snapshot:
+    documents, nodes = staging.counts()
+    skipped = staging.problems()
+    if not nodes:
+        raise IngestError(f"no document could be read: {'; '.join(skipped)}")
+    content = staging.content()
+    parent = _sound_current(directory)
+    if parent is not None and parent.manifest.content == content:
+        return parent
+    with directory.new() as new:
+        progress("write", 0, nodes)
+        written = write_snapshot_files(_counted(staging.nodes(), nodes, progress), nodes, fingerprint.dimensions, new)
+        report = None
+        if golden is None:
+            progress("check", 0, 0, f"collection {directory.collection} has no golden questions: nothing was asked")
+        else:
+            progress("check", 0, len(golden.questions))
+            report = _ask(golden, new, embedding)
+            progress("check", len(golden.questions), len(golden.questions), report.summary())
+            if not report.passed:
+                raise IngestError(f"the new snapshot was not taken: {report.summary()}")
+        now = timestamp()
+        manifest = Manifest(
+            id=f"{now}-{content[:8]}",
+            collection=directory.collection,
+            fingerprint=fingerprint.digest,
+            built_with=asdict(fingerprint),
+            content=content,
+            created=now,
+            parent=parent.id if parent else None,
+            documents=documents,
+            nodes=nodes,
+            dimensions=fingerprint.dimensions,
+            engine=written.engine,
+            files=written.files,
+            golden=report.model_dump() if report else None,
+            skipped=skipped,
+        )
+        return directory.publish(new, manifest)
+
+
+def _ask(golden: GoldenSet, path: Path, embedding: MiniLMEmbedding) -> GoldenReport:
+    store = SnapshotVectorStore.open(path)
+
+    async def retrieve(question: str, k: int) -> list[str]:
+        vector = await embedding.aget_query_embedding(question)
+        result = await store.aquery(VectorStoreQuery(query_embedding=vector, similarity_top_k=k))
+        return [str(node.metadata["document"]) for node in result.nodes or []]
+
+    try:
+        return asyncio.run(evaluate(golden, retrieve))
+    finally:
+        store.close()
+
+
+def _sound_current(directory: SnapshotDir) -> Snapshot | None:
+    """The live snapshot; None where it is missing or damaged, which the one to come mends."""
+    try:
+        current = directory.current()
+        if current is not None:
+            current.check()
+        return current
+    except SnapshotError:
+        return None
+
+
+def _counted(nodes: Iterator[BaseNode], total: int, progress: Progress) -> Iterator[BaseNode]:
+    for number, node in enumerate(nodes, start=1):
+        yield node
+        if number % 1000 == 0 or number == total:
+            progress("write", number, total)
+
+
+def _node_id(number: int, document: BaseNode) -> str:
+    return f"{document.node_id}#{number}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The kernel lets go of it when the process dies, however it does."""
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise IngestError(
+                f"another ingest of this collection is running ({file.read().strip() or 'it has just begun'}): "
+                "wait for it, or stop it"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {timestamp()}")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def progress_to(stream: TextIO, as_json: bool) -> Progress:
+    """A bar on a terminal; else, or with as_json, JSON lines: at most one a second, and every note."""
+    return _Bar(stream) if stream.isatty() and not as_json else _JsonLines(stream)
+
+
+class _JsonLines:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._stage = ""
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if note or stage != self._stage or done == total or now - self._last >= 1:
+            line = {"stage": stage, "done": done, "total": total} | ({"note": note} if note else {})
+            print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
+            self._stage, self._last = stage, now
+
+
+class _Bar:
+    WIDTH = 30
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._stage = ""
+        self._start = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stream.write("\n" if self._stage else "")
+            self._stage, self._start = stage, now
+        if note:
+            self._stream.write(f"\r\x1b[K{note}\n")
+        filled = self.WIDTH * done // total if total else self.WIDTH
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        self._stream.write(f"\r\x1b[K{stage:<6} [{bar}] {done}/{total} {now - self._start:.0f} s")
+        self._stream.write("\n" if stage == "done" else "")
+        self._stream.flush()

@@ -35,8 +35,8 @@ def find_documents(root: Path) -> Iterator[Path]:
 def read_document(root: Path, path: Path, data: bytes | None = None) -> Document:
     """The document at `path` (whose content is `data`, if you have read it already).
 
-    Its id and its metadata `document` are the path below root, its metadata `title` what it calls itself. Only the title
-    is embedded with the text. Raises DocumentError.
+    Its id and its metadata `document` are the path below root, its metadata `title` what it calls itself. The title is
+    embedded with the text, the path is not. Raises DocumentError.
     """
     name = path.relative_to(root).as_posix()
     try:

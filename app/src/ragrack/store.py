@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import queue
 import sqlite3
 import threading
@@ -354,14 +355,18 @@ AND value <= (SELECT value FROM json_each(?))""",
 def write_snapshot_files(nodes: Iterable[BaseNode], count: int, dimensions: int, out_dir: Path) -> Written:
     """Writes `count` text nodes, which have their embeddings, in the order given. All cores are used.
 
-    Memory: the 8-bit index (about 0.6 kB a node) and one batch. Raises ValueError for a node without an embedding.
+    Memory: the 8-bit index (about 0.6 kB a node) and one batch. Raises ValueError for a node without an embedding,
+    OSError or sqlite3.Error when the disk is full.
     """
     vectors_path = out_dir / ".vectors.f32"
     connection = sqlite3.connect(out_dir / NODES)
     try:
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = MEMORY;")
         connection.executescript(SCHEMA)
-        vectors = np.memmap(vectors_path, np.float32, "w+", shape=(max(count, 1), dimensions))[:count]
+        with vectors_path.open("wb") as file:
+            # A hole in a file that a full disk cannot fill would end the process without a word.
+            os.posix_fallocate(file.fileno(), 0, max(count, 1) * dimensions * 4)
+        vectors = np.memmap(vectors_path, np.float32, "r+", shape=(max(count, 1), dimensions))[:count]
         written = 0
         for row, node in enumerate(nodes):
             embedding = node.embedding
@@ -375,8 +380,11 @@ def write_snapshot_files(nodes: Iterable[BaseNode], count: int, dimensions: int,
         connection.execute("INSERT INTO node_text (node_text) VALUES ('rebuild')")
         connection.commit()
         index = _index(vectors)
-        faiss.write_index(index, str(out_dir / VECTORS))
         del vectors
+        try:
+            faiss.write_index(index, str(out_dir / VECTORS))
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
     finally:
         connection.close()
         vectors_path.unlink(missing_ok=True)
