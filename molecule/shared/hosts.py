@@ -37,14 +37,17 @@ def run_name(name: str) -> str:
     return name
 
 
-def owner(value: str) -> runs.Owner | None:
-    """Parse the pid of a process, or ``molecule`` for the ``molecule test`` that called this."""
-    if value == "molecule":
-        pid = runs.molecule_test()
-        return runs.Owner.of(pid) if pid is not None else None
-    if not value.isdecimal():
+def owner(value: str) -> str:
+    """Accept a pid or the word molecule."""
+    if value != "molecule" and not value.isdecimal():
         raise argparse.ArgumentTypeError(f"{value}: neither a pid nor the word molecule")
-    return runs.Owner.of(int(value))
+    return value
+
+
+def find_owner(value: str | None) -> runs.Owner | None:
+    """Return the process that ``--owner`` means, or None for a run that nobody owns."""
+    pid = runs.molecule_test() if value == "molecule" else int(value) if value else None
+    return None if pid is None else runs.Owner.of(pid)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
     create = verbs.add_parser("create", parents=[which], help="make and start hosts; those that run are left alone")
     create.add_argument("--cache", type=Path, default=CACHE, help="where images are kept (default: %(default)s)")
-    create.add_argument("--host-vars", type=Path, help="also write <host>.yml with connection variables here")
+    create.add_argument(
+        "--host-vars", type=Path, help="also write <host>/connection.yml into this directory of an inventory"
+    )
     life = create.add_mutually_exclusive_group(required=True)
     life.add_argument("--persistent", action="store_true", help="the run stays until it is destroyed")
     life.add_argument(
@@ -107,7 +112,7 @@ def dispatch(args: argparse.Namespace) -> int:
     if args.verb == "create":
         if not args.run or not args.state:
             raise HostsError("create needs --run NAME and --state DIR")
-        known = runs.create(args.run, args.state, dict(args.hosts), args.owner, args.cache.resolve(), say)
+        known = runs.create(args.run, args.state, dict(args.hosts), find_owner(args.owner), args.cache.resolve(), say)
         if args.host_vars:
             runs.write_host_vars(known, args.host_vars.resolve())
         return 0

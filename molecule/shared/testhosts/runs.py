@@ -160,7 +160,8 @@ def molecule_test() -> int | None:
     while pid > 1:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         names = [Path(word).name for word in command]
-        if "molecule" in names and "test" in names[names.index("molecule") :] and "never" not in " ".join(command):
+        keeps = re.search(r"--destroy[= ]never", " ".join(command))
+        if "molecule" in names[:3] and "test" in command and not keeps:
             return pid
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return None
@@ -205,6 +206,7 @@ def create(
     """Bring a run to life: make what is missing, start what is down, leave alone what runs."""
     check_machine()
     clean(say)
+    _take_over(name, state, owner, say)
     with locked(RUNTIME / f"{run_id(name, state)}.lock"):
         known = _register(name, state, hosts, owner)
         known.sockets.mkdir(parents=True, exist_ok=True)
@@ -216,6 +218,16 @@ def create(
         each(lambda machine: machine.unpack(tarballs[machine.suite]), new)
         _start(known, known.machines, say)
     return known
+
+
+def _take_over(name: str, state: Path, owner: Owner | None, say: Callable[[str], None]) -> None:
+    """Give an owner hosts that nobody has used before it, and nobody hosts that have a living owner."""
+    for known in all_runs():
+        if known.id == run_id(name, state) and known.owner != owner:
+            if known.owner is not None:
+                raise HostsError(f"run {name} belongs to process {known.owner.pid}, which still runs: wait for its end")
+            say(f"run {name}: remove the hosts that are there, to begin with bare ones")
+            destroy(known)
 
 
 def _register(name: str, state: Path, hosts: dict[str, str], owner: Owner | None) -> Run:
@@ -298,8 +310,10 @@ def _remove(known: Run) -> None:
         network.down(known.network, REGISTRY, last=not others)
         for path in [known.key, known.key.with_suffix(".pub"), known.known_hosts, known.state / "inventory.yml"]:
             path.unlink(missing_ok=True)
-        for name in known.files:
-            Path(name).unlink(missing_ok=True)
+        for written in map(Path, known.files):
+            written.unlink(missing_ok=True)
+            _prune(written.parent)
+            _prune(written.parent.parent)
         for directory in [known.sockets, known.state]:
             _prune(directory)
         known.record.unlink()
@@ -330,11 +344,11 @@ def inventory(known: Run) -> str:
 
 
 def write_host_vars(known: Run, directory: Path) -> list[Path]:
-    """Write ``<host>.yml`` with the connection variables beside somebody's inventory; they go with the run."""
+    """Write ``<host>/connection.yml`` into the host_vars/ of somebody's inventory; the files go with the run."""
     written = []
     for host in known.hosts:
         variables = "".join(f"{name}: {json.dumps(value)}\n" for name, value in known.host_vars(host).items())
-        written.append(directory / f"{host}.yml")
+        written.append(directory / host / "connection.yml")
         write(written[-1], f"---\n{variables}", 0o600)
     with locked(RUNTIME / "registry.lock"):
         files = {*Run.load(known.record).files, *map(str, written)}
