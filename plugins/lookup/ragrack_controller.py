@@ -21,7 +21,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-_raw: {description: Identity (owner, controller, boot_id, pid, pid_started, run) or state of each term., type: list}
+_raw: {description: Identity (owner, controller, machine, boot, pid, pid_started, run) or state of each term., type: list}
 """
 
 import getpass
@@ -51,10 +51,10 @@ def boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def controller() -> str:
-    """Host name and the start of the machine's id: two control nodes of one name are not taken for each other."""
+def machine() -> str:
+    """The machine's id, so that two control nodes of one name are not taken for each other."""
     path = Path("/etc/machine-id")
-    return socket.gethostname() + (f"#{path.read_text()[:6]}" if path.exists() else "")
+    return path.read_text().strip() if path.exists() else ""
 
 
 def playbook_pid() -> int:
@@ -74,18 +74,19 @@ def identity() -> dict[str, Any]:
     begun = started(pid)
     return {
         "owner": os.environ.get("SUDO_USER") or getpass.getuser(),
-        "controller": controller(),
-        "boot_id": boot(),
+        "controller": socket.gethostname(),
+        "machine": machine(),
+        "boot": boot(),
         "pid": pid,
         "pid_started": begun,
-        "run": f"{controller()}-{pid}-{begun}",
+        "run": f"{socket.gethostname()}-{boot()[:8]}-{pid}-{begun}",
     }
 
 
 def state(holder: dict[str, Any]) -> str:
-    if holder.get("controller") != controller():
+    if (holder.get("controller"), holder.get("machine")) != (socket.gethostname(), machine()):
         return "unknown"
-    if holder.get("boot_id") != boot():
+    if holder.get("boot") != boot():
         return "dead"
     return "alive" if started(int(holder["pid"])) == str(holder.get("pid_started")) else "dead"
 

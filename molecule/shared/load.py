@@ -1,0 +1,92 @@
+"""Questions asked without a pause, each answer counted: what a deploy must not disturb."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import ssl
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+
+@dataclass
+class Count:
+    """What the clients saw. `failures` holds what went wrong in words, `seconds` the time of each answer."""
+
+    seconds: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return len(self.seconds) + len(self.failures)
+
+    def __str__(self) -> str:
+        if len(self.seconds) < 2:
+            return f"{len(self.failures)} failed of {self.total}"
+        p50, p99 = statistics.median(self.seconds), statistics.quantiles(self.seconds, n=100)[98]
+        return f"{len(self.failures)} failed of {self.total} requests, p50 {p50 * 1000:.0f} ms, p99 {p99 * 1000:.0f} ms"
+
+
+class Load:
+    """Clients in a thread of their own that POST /query to each URL until the block ends, 20 minutes at most.
+
+    Half of the clients keep their connection, half open one for each request: a switch can lose either kind.
+    """
+
+    def __init__(
+        self, urls: list[str], *, key: str, ca: Path, questions: list[str], clients: int = 4, pause: float = 0.05
+    ) -> None:
+        self.count = Count()
+        self._urls, self._key, self._ca, self._questions = urls, key, ca, questions
+        self._clients, self._pause = clients, pause
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    async def _run(self) -> None:
+        context = ssl.create_default_context(cafile=str(self._ca))
+        pairs = itertools.product(self._urls, range(self._clients))
+        await asyncio.gather(*(self._client(url, context, keep=number % 2 == 0) for url, number in pairs))
+
+    async def _client(self, url: str, context: ssl.SSLContext, *, keep: bool) -> None:
+        client = httpx.AsyncClient(
+            base_url=url,
+            verify=context,
+            limits=httpx.Limits(max_keepalive_connections=1 if keep else 0),
+            headers={"Authorization": f"Bearer {self._key}"},
+            timeout=30,
+        )
+        deadline = time.monotonic() + 1200
+        async with client:
+            for question in itertools.cycle(self._questions):
+                if self._stop.is_set() or time.monotonic() > deadline:
+                    return
+                await self._ask(client, question)
+                await asyncio.sleep(self._pause)
+
+    async def _ask(self, client: httpx.AsyncClient, question: str) -> None:
+        begun = time.monotonic()
+        try:
+            response = await client.post("/query", json={"query": question})
+        except httpx.TransportError as error:
+            self.count.failures.append(f"{type(error).__name__}: {error}")
+            return
+        if response.status_code != httpx.codes.OK:
+            self.count.failures.append(f"{response.status_code}: {response.text[:200]}")
+        elif not response.json()["response"]:
+            self.count.failures.append("an empty answer")
+        else:
+            self.count.seconds.append(time.monotonic() - begun)
