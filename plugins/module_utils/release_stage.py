@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,10 +79,12 @@ class Stager:
 
     def build(self) -> bool:
         """Make the release. Returns whether the environment had to be installed. Nothing is left where it raises."""
-        aside = self.releases.dir / f"{STAGING}{self.id}"
         for directory in (self.releases.dir, self.cache / "envs", self.cache / "files"):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        # An uv that outlived its killed run may still write below the old name: ours is another.
+        for stale in (*self.releases.leftovers(), *self.cache.glob(f"envs/{STAGING}*")):
+            shutil.rmtree(stale, ignore_errors=True)
+        aside = self.releases.dir / f"{STAGING}{self.id}.{os.getpid()}"
         try:
             with self._timed("packages"):
                 installed = self._ensure_env()
@@ -109,18 +111,18 @@ class Stager:
     def _ensure_env(self) -> bool:
         if self.has_env:
             return False
-        aside = self.cache / "envs" / f"{STAGING}{self.env_name}"
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = self.cache / "envs" / f"{STAGING}{self.env_name}.{os.getpid()}"
         try:
             venv = aside / "venv"
-            self._uv("venv", "--relocatable", "--no-project", "--python", self.python, venv)
             requirements = self.artifact.dir / self.artifact.requirements(self.python_version)
-            self._uv(
-                *("pip", "install", "--python", venv / "bin/python", "--require-hashes", "--no-deps"),
-                *("--no-index", "--find-links", self.artifact.dir / "wheels", "--only-binary", ":all:"),
-                *("--cache-dir", aside / "uv", "-r", requirements),
-            )
-            shutil.rmtree(aside / "uv")
+            with self._uv_cache(aside) as uv:
+                uv("venv", "--relocatable", "--no-project", "--python", self.python, venv)
+                uv(
+                    *("pip", "install", "--python", venv / "bin/python", "--require-hashes", "--no-deps"),
+                    *("--no-index", "--find-links", self.artifact.dir / "wheels", "--only-binary", ":all:"),
+                    *("-r", requirements),
+                )
+            (venv / ".lock").unlink(missing_ok=True)
             compile_bytecode(venv, [site_packages(venv)])
             (aside / "manifest.sha256").write_text(listing(hashes(venv)))
             sync_file_system(aside)
@@ -134,12 +136,12 @@ class Stager:
     def _install_app(self, venv: Path) -> dict[str, str]:
         wheel = self.artifact.dir / self.artifact.app_wheel()
         before = set(files_below(venv))
-        cache = venv.parent / ".uv"
-        self._uv(
-            *("pip", "install", "--python", venv / "bin/python", "--no-deps", "--no-index"),
-            *("--find-links", wheel.parent, "--cache-dir", cache, f"{self.artifact.name}=={self.artifact.version}"),
-        )
-        shutil.rmtree(cache)
+        with self._uv_cache(venv.parent) as uv:
+            uv(
+                *("pip", "install", "--python", venv / "bin/python", "--no-deps", "--no-index"),
+                *("--find-links", wheel.parent, f"{self.artifact.name}=={self.artifact.version}"),
+            )
+        (venv / ".lock").unlink(missing_ok=True)
         with zipfile.ZipFile(wheel) as archive:
             tops = {Path(name).parts[0] for name in archive.namelist()}
         packages = [site_packages(venv) / top for top in sorted(tops) if not top.endswith((".dist-info", ".data"))]
@@ -190,8 +192,17 @@ class Stager:
                 aside.unlink(missing_ok=True)
         return cached
 
-    def _uv(self, *arguments: str | Path) -> None:
-        command("uv", [self.uv, *arguments, "--offline", "--no-config", "--no-python-downloads", "--quiet"], self.id)
+    @contextmanager
+    def _uv_cache(self, directory: Path) -> Iterator[Callable[..., None]]:
+        """uv with a cache below `directory`, from where it hard-links, and which is gone after: ours is `cache`."""
+        cache = directory / ".uv"
+
+        def uv(*arguments: str | Path) -> None:
+            closed = ["--offline", "--no-config", "--no-python-downloads"]
+            command("uv", [self.uv, *arguments, *closed, "--quiet", "--cache-dir", cache], self.id)
+
+        yield uv
+        shutil.rmtree(cache)
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

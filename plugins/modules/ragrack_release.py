@@ -449,6 +449,22 @@ def result(host: steps.Host, params: dict[str, Any], diff: bool) -> dict[str, An
     return answer
 
 
+def run(params: dict[str, Any], *, check: bool, diff: bool) -> dict[str, Any]:
+    """What the module does, without Ansible around it: `params` over the defaults. Raises StateError."""
+    params = {name: argument.get("default") for name, argument in ARGUMENTS.items()} | params
+    os.umask(0o022)
+    host = steps.Host(
+        releases=Releases(Path(params["root"])),
+        systemd=Systemd(),
+        run_dir=Path(params["run_dir"]),
+        who=params["who"],
+        run=params["run"],
+        what=params["what"],
+        check=check,
+    )
+    return result(host, params, diff)
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
@@ -460,25 +476,14 @@ def main() -> None:
         ],
         supports_check_mode=True,
     )
-    os.umask(0o022)
-    params = module.params
-    host = steps.Host(
-        releases=Releases(Path(params["root"])),
-        systemd=Systemd(),
-        run_dir=Path(params["run_dir"]),
-        who=params["who"],
-        run=params["run"],
-        what=params["what"],
-        check=module.check_mode,
-    )
     try:
-        answer = result(host, params, module._diff)
+        answer = run(module.params, check=module.check_mode, diff=module._diff)
     except StateError as error:
         log = [f"  {line}" for line in error.log]
         message = "\n".join([str(error), *(["last lines of its log:", *log] if log else [])])
         module.fail_json(msg=message, log=error.log, **error.facts)
     except OSError as error:
-        module.fail_json(msg=f"state {params['state']}: {error}")
+        module.fail_json(msg=f"state {module.params['state']}: {error}")
     if answer.get("dropped"):
         module.warn(f"{answer['dropped']} connections still waited on a release when its time to drain was up")
     module.exit_json(**answer)

@@ -7,6 +7,7 @@ The app is a few lines that speak the service's command line and endpoints. What
 from __future__ import annotations
 
 import base64
+import grp
 import hashlib
 import json
 import os
@@ -24,7 +25,6 @@ import yaml
 
 REPO = Path(__file__).parents[2]
 UV = Path(sys.executable).with_name("uv")
-PYTHON = Path("/usr/bin/python3")
 PYTHON_VERSION = "{}.{}".format(*sys.version_info[:2])
 FINGERPRINT = "0123456789abcdef"
 
@@ -236,6 +236,25 @@ class Place:
     def artifact(self) -> Path:
         return self.path / "artifact"
 
+    def parameters(self, state: str, **changes: Any) -> dict[str, Any]:
+        """Arguments of the module for this host."""
+        places: dict[str, Any] = {
+            "root": str(self.root),
+            "run_dir": str(self.path / "run"),
+            "cache_dir": str(self.cache),
+            "artifact_dir": str(self.artifact),
+            "index_dir": str(self.path / "indexes"),
+            "python": sys.executable,
+            "uv": str(UV),
+            "group": grp.getgrgid(os.getgid()).gr_name,
+            "min_free_mb": 1,
+            "version": "0.1.0",
+            "env": 'RAGRACK_COLLECTIONS="postgres"',
+            "settle": 0.1,
+            "timeout": 20.0,
+        }
+        return {**places, "state": state, **changes}
+
     def release(self, release: str) -> Path:
         return self.root / "releases" / release
 
@@ -243,8 +262,9 @@ class Place:
         """The host's programs; returns the environment in which they are found."""
         programs = self.path / "bin"
         programs.mkdir(parents=True)
+        (self.path / "units").mkdir()
         for name, text in {"systemctl": SYSTEMCTL, "journalctl": JOURNALCTL}.items():
-            (programs / name).write_text(f"#!{sys.executable}\n{text}")
+            (programs / name).write_text(f"#!{sys.executable} -IS\n{text}")
             (programs / name).chmod(0o755)
         return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
 
