@@ -23,5 +23,7 @@ LINTERS = {
 def test_linter_finds_nothing(name: str) -> None:
     program, *arguments = LINTERS[name]
     environment = {"PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(Path.home()), "NO_COLOR": "1"}
-    done = subprocess.run([str(BIN / program), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(BIN / program), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -24,12 +24,20 @@ class TestRole:
                 assert option["default"] == defaults[name], name
 
     def test_variables_carry_the_name_of_the_role(self, role: Path) -> None:
-        named = [load(role / folder / "main.yml") or {} for folder in ("defaults", "vars") if (role / folder / "main.yml").exists()]
+        named = [
+            load(role / folder / "main.yml") or {}
+            for folder in ("defaults", "vars")
+            if (role / folder / "main.yml").exists()
+        ]
         assert [name for variables in named for name in variables if not name.startswith(f"{role.name}_")] == []
 
     def test_each_default_has_a_comment_of_one_line(self, role: Path) -> None:
         lines = (role / "defaults/main.yml").read_text().splitlines()
-        bare = [line for before, line in zip(["", *lines], lines, strict=False) if line[:1].isalpha() and not before.startswith("# ")]
+        bare = [
+            line
+            for before, line in zip(["", *lines], lines, strict=False)
+            if line[:1].isalpha() and not before.startswith("# ")
+        ]
         assert bare == []
 
     def test_has_a_readme(self, role: Path) -> None:

@@ -41,6 +41,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 problems: {description: One sentence for each problem with its mend., type: list, elements: str, returned: always}
+prepared: {description: Whether C(playbooks/site.yml) has made all of O(paths)., type: bool, returned: always}
 python: {description: Version of C(/usr/bin/python3) as C(3.13)., type: str, returned: always}
 architecture: {description: Machine type., type: str, returned: always}
 """
@@ -94,10 +95,13 @@ def main() -> None:
     python = ".".join(platform.python_version_tuple()[:2])
     if python not in ("3.11", "3.12", "3.13"):
         problems.append(f"/usr/bin/python3 is {python}; mend: use Debian 12 (3.11) or Debian 13 (3.13).")
-    problems += missing_paths(module.params["paths"])
+    unprepared = missing_paths(module.params["paths"])
+    problems += unprepared
     problems += missing_space(module.params["space"])
     problems = [f"{module.params['host']}: {problem}" for problem in problems]
-    module.exit_json(changed=False, problems=problems, python=python, architecture=platform.machine())
+    module.exit_json(
+        changed=False, prepared=not unprepared, problems=problems, python=python, architecture=platform.machine()
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""What a deploy refuses, in words, before anything has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fleet
+import pytest
+
+HOSTS = fleet.hosts()
+
+
+def state() -> list[tuple[str, list[str], list[str], list[str]]]:
+    """What a refused deploy must leave alone on each host."""
+    return [
+        (host.release, host.releases(), host.running(), [e["event"] for e in host.history() if e["event"] != "audit"])
+        for host in HOSTS
+    ]
+
+
+@contextlib.contextmanager
+def nothing_changes() -> Iterator[None]:
+    before = state()
+    yield
+    assert state() == before
+
+
+def test_wrong_settings_are_all_named_in_one_message() -> None:
+    wrong = {"app_top_k": "many", "app_chunk_size": 9999, "app_collections": [], "app_answer": "guess"}
+    with nothing_changes():
+        played = fleet.play("deploy", variables=wrong)
+    assert played.status != 0
+    for name in ("RAGRACK_TOP_K", "RAGRACK_CHUNK_SIZE", "RAGRACK_COLLECTIONS", "RAGRACK_ANSWER"):
+        assert name in played.output
+    assert "nothing was changed on any host" in played.output
+
+
+def test_site_refuses_wrong_settings_before_it_touches_a_host() -> None:
+    played = fleet.play("site", variables={"app_top_k": 0})
+    assert played.status != 0
+    assert "RAGRACK_TOP_K" in played.output
+    assert played.changed == 0
+
+
+def test_a_full_disk_is_seen_before_anything_is_shipped() -> None:
+    with nothing_changes():
+        played = fleet.play("deploy", variables={"app_top_k": 9, "release_min_free_mb": 900_000_000})
+    assert played.status != 0
+    assert "MiB free" in played.output
+    for host in HOSTS:
+        assert f"{host.name}: /opt/ragrack" in played.output
+
+
+def test_a_release_that_is_not_there_is_no_target_and_those_that_are_there_are_named() -> None:
+    with nothing_changes():
+        played = fleet.play("rollback", variables={"release_to": "0.0.1-000000000000"})
+    assert played.status != 0
+    assert "0.0.1-000000000000" in played.output
+    assert HOSTS[0].release in played.output
+
+
+def test_nothing_to_roll_back_to() -> None:
+    with nothing_changes():
+        played = fleet.play("rollback")
+    assert played.status != 0
+    assert "nothing to roll back to" in played.output
+
+
+def test_a_second_deploy_is_told_who_deploys_since_when() -> None:
+    holder = {"run": "elsewhere-1", "owner": "operator", "controller": "control2"}
+    lock = json.dumps({"holder": holder, "why": "a deploy of tests"})
+    on_hosts = ["ansible", "-i", str(fleet.INVENTORY), "app", "-m", "ragrack_lock", "-a"]
+
+    def ad_hoc(arguments: str) -> None:
+        subprocess.run([*on_hosts, arguments], cwd=fleet.ROOT, env=fleet.environment(), check=True)
+
+    ad_hoc(lock)
+    try:
+        with nothing_changes():
+            played = fleet.play("deploy", variables={"app_top_k": 9})
+    finally:
+        ad_hoc(json.dumps({"holder": holder, "state": "absent"}))
+    assert played.status != 0
+    assert "locked by operator on control2 since" in played.output
+
+
+def test_two_deploys_at_once_one_wins() -> None:
+    slow = subprocess.Popen(
+        fleet.command("deploy"),
+        cwd=fleet.ROOT,
+        env=fleet.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with slow:
+        deadline = time.monotonic() + 60
+        while HOSTS[0].shell.run("test -e /opt/ragrack/lock.json").rc != 0:
+            assert time.monotonic() < deadline, "the first deploy never took the lock"
+        second = fleet.play("deploy", variables={"app_top_k": 9})
+        first = slow.communicate()[0]
+    assert second.status != 0
+    assert "locked by" in second.output
+    assert slow.returncode == 0, first
+
+
+def test_a_run_that_was_killed_does_not_stand_in_the_way() -> None:
+    killed = subprocess.Popen(
+        fleet.command("deploy"), cwd=fleet.ROOT, env=fleet.environment(), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while HOSTS[0].shell.run("test -e /opt/ragrack/lock.json").rc != 0:
+        assert time.monotonic() < deadline, "the deploy never took the lock"
+    killed.kill()
+    killed.wait()
+    played = fleet.play("deploy")
+    assert played.status == 0, played.output
+    assert HOSTS[0].shell.run("test -e /opt/ragrack/lock.json").rc != 0
+
+
+def test_a_damaged_artifact_is_named_by_its_file(tmp_path: Path) -> None:
+    """The damage is done on the host's side of the way: to what was shipped, while rsync is told not to look."""
+    [wheel] = HOSTS[0].run("ls /var/cache/ragrack/artifact/wheels/fastapi-*.whl").split()
+    HOSTS[0].run(f"cp -p {wheel} /root/good.whl && printf x | dd of={wheel} bs=1 seek=100 conv=notrunc status=none")
+    HOSTS[0].run(f"touch -r /root/good.whl {wheel}")
+    try:
+        with nothing_changes():
+            played = fleet.play("deploy", variables={"app_top_k": 9})
+    finally:
+        HOSTS[0].run(f"mv /root/good.whl {wheel}")
+    assert played.status != 0
+    assert Path(wheel).name in played.output
+
+
+def test_a_host_that_is_down_stops_the_deploy_for_all() -> None:
+    down, up = HOSTS
+    before = up.release
+    fleet.machine("stop", down.name)
+    try:
+        played = fleet.play("deploy", variables={"app_top_k": 9})
+    finally:
+        fleet.machine("start", down.name)
+    assert played.status != 0
+    assert f"{down.name}" in played.output
+    assert up.release == before
+    assert len(up.running()) == 1
+
+
+@pytest.mark.parametrize("playbook", ["site", "deploy"])
+def test_check_mode_of_what_is_right_predicts_no_change(playbook: str) -> None:
+    played = fleet.play(playbook, "--check", "--diff")
+    assert played.status == 0, played.output
+    assert played.changed == 0, played.output
+
+
+def test_check_mode_of_a_new_setting_says_so_and_changes_nothing() -> None:
+    with nothing_changes():
+        played = fleet.play("deploy", "--check", "--diff", variables={"app_top_k": 9})
+    assert played.status == 0, played.output
+    assert played.changed > 0

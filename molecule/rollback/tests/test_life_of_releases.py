@@ -1,0 +1,149 @@
+"""Releases come and go under load: A, B, back to A, a broken C that never serves, a mended C, back by name, prune.
+
+The tests tell one story and run in this order. Clients ask through TLS from the first to the last, and none may notice.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fleet
+import pytest
+from load import Load
+
+HOSTS = fleet.hosts()
+STORY: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load() -> Iterator[Load]:
+    asked = [entry["question"] for entry in fleet.questions()]
+    with Load([host.url for host in HOSTS], key=fleet.api_key(), ca=fleet.CA, questions=asked) as running:
+        yield running
+
+
+def deploy(**variables: Any) -> fleet.Played:
+    return fleet.play("deploy", variables=variables)
+
+
+def serving() -> str:
+    """The one release that all hosts serve."""
+    [release] = {host.release for host in HOSTS}
+    return release
+
+
+def checkout_with(tmp_path: Path, file: str, text: str) -> Path:
+    """A copy of the project in which the app's `file` begins with `text`."""
+    project = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns(".*", "build", "__pycache__")
+    shutil.copytree(fleet.ROOT, project, ignore=ignore)
+    path = project / "app/src/ragrack" / file
+    path.write_text(text + path.read_text())
+    return project
+
+
+def test_deploy_a() -> None:
+    played = deploy(app_top_k=4)
+    assert played.status == 0, played.output
+    STORY["A"] = serving()
+
+
+def test_deploying_the_same_again_changes_nothing() -> None:
+    played = deploy(app_top_k=4)
+    assert played.status == 0, played.output
+    assert played.changed == 0, played.output
+    assert serving() == STORY["A"]
+
+
+def test_deploy_b_with_another_app(tmp_path: Path) -> None:
+    project = checkout_with(tmp_path, "__main__.py", "# Another app.\n")
+    played = deploy(app_top_k=6, release_project_dir=str(project))
+    assert played.status == 0, played.output
+    STORY["B"] = serving()
+    assert STORY["B"] != STORY["A"]
+    for host in HOSTS:
+        assert sorted(host.running()) == sorted([STORY["A"], STORY["B"]]), "A stays warm"
+
+
+def test_roll_back_to_a_warm_release() -> None:
+    played = fleet.play("rollback")
+    assert played.status == 0, played.output
+    assert serving() == STORY["A"]
+    for host in HOSTS:
+        assert 'TOP_K="4"' in host.run("cat /opt/ragrack/current/app.env"), "settings come back with their release"
+
+
+def test_roll_back_again_goes_further_back_never_forward() -> None:
+    played = fleet.play("rollback")
+    assert played.status == 0, played.output
+    assert serving() not in (STORY["A"], STORY["B"])
+    STORY["first"] = serving()
+
+
+def test_a_release_that_crashes_never_serves(tmp_path: Path) -> None:
+    project = checkout_with(tmp_path, "api.py", 'raise RuntimeError("broken at import")\n')
+    played = deploy(app_top_k=7, release_project_dir=str(project))
+    assert played.status != 0
+    assert "broken at import" in played.output, "the failed release's own last words are shown"
+    assert serving() == STORY["first"]
+    for host in HOSTS:
+        [(broken, reason)] = host.bad().items()
+        assert broken not in host.running()
+        assert reason
+        STORY["crashed"] = broken
+
+
+def test_a_release_that_answers_wrongly_never_serves(tmp_path: Path) -> None:
+    played = deploy(app_similarity_cutoff=0.99)
+    assert played.status != 0
+    assert "hit rate" in played.output
+    assert fleet.questions()[0]["question"] in played.output, "the questions that failed are named"
+    assert serving() == STORY["first"]
+    for host in HOSTS:
+        assert len(host.bad()) == 2
+
+
+def test_a_bad_release_is_no_target() -> None:
+    played = fleet.play("rollback", variables={"release_to": STORY["crashed"]})
+    assert played.status != 0
+    assert "bad" in played.output
+    assert serving() == STORY["first"]
+
+
+def test_deploy_c_mended() -> None:
+    played = deploy(app_top_k=7)
+    assert played.status == 0, played.output
+    STORY["C"] = serving()
+
+
+def test_roll_back_by_name() -> None:
+    played = fleet.play("rollback", variables={"release_to": STORY["A"]})
+    assert played.status == 0, played.output
+    assert serving() == STORY["A"]
+
+
+def test_prune_keeps_the_live_release_and_the_way_back() -> None:
+    played = deploy(app_top_k=8, release_keep=1, release_keep_warm=0)
+    assert played.status == 0, played.output
+    for host in HOSTS:
+        assert host.running() == [serving()]
+        assert set(host.releases()) == {serving(), STORY["A"]}
+    played = fleet.play("rollback")
+    assert played.status == 0, played.output
+    assert serving() == STORY["A"]
+
+
+def test_the_history_tells_the_story() -> None:
+    for host in HOSTS:
+        audit = [event for event in host.history() if event["event"] == "audit"]
+        assert [event["result"] for event in audit].count("failed") == 2
+        assert all(event["who"] and event["seconds"] >= 0 for event in audit)
+
+
+def test_no_request_failed(load: Load) -> None:
+    print(load.count)
+    assert load.count.total > 500
+    assert load.count.failures == []

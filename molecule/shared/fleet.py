@@ -1,0 +1,138 @@
+"""The test hosts as the tests see them: what serves, what a playbook said, and what a client gets over TLS."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import ssl
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import testinfra
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+INVENTORY = ROOT / "molecule/shared/inventory"
+BIN = Path(sys.executable).parent
+CA = INVENTORY / "pki/ca.pem"
+STATE = ROOT / ".state/molecule"
+GOLDEN = ROOT / "inventories/demo/collections/postgres/golden.yml"
+
+
+@dataclass(frozen=True)
+class Played:
+    """How a playbook ended. `changed` and `failed` count tasks by host, as the recap does."""
+
+    status: int
+    output: str
+
+    @property
+    def recap(self) -> dict[str, dict[str, int]]:
+        rows = re.findall(r"^(\S+)\s+: (ok=.*)$", self.output, re.MULTILINE)
+        return {host: {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", counts)} for host, counts in rows}
+
+    @property
+    def changed(self) -> int:
+        return sum(counts["changed"] for counts in self.recap.values())
+
+
+class Host:
+    """One test host: commands by ssh, questions over TLS."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.url = f"https://{address}"
+        self.shell = testinfra.get_host(f"ansible://{name}", ansible_inventory=str(INVENTORY))
+
+    def run(self, command: str) -> str:
+        """Standard output of a shell command. Raises AssertionError, with the journal's end, where it fails."""
+        done = self.shell.run(command)
+        assert done.rc == 0, f"{self.name}: {command}\n{done.stdout}{done.stderr}\n{self.journal()}"
+        return str(done.stdout).strip()
+
+    def journal(self) -> str:
+        return str(self.shell.run("journalctl --no-pager -o cat -n 40 -u 'ragrack*' -u nginx").stdout)
+
+    @property
+    def release(self) -> str:
+        return self.run("basename $(readlink /opt/ragrack/current)")
+
+    def releases(self) -> list[str]:
+        return self.run("ls /opt/ragrack/releases").split()
+
+    def running(self) -> list[str]:
+        units = self.run("systemctl list-units --no-legend --plain --state=active 'ragrack@*.service'")
+        return [line.split()[0].removeprefix("ragrack@").removesuffix(".service") for line in units.splitlines()]
+
+    def history(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.run("cat /opt/ragrack/history.jsonl").splitlines()]
+
+    def bad(self) -> dict[str, str]:
+        """Releases marked bad, with the reason."""
+        return {event["release"]: event["reason"] for event in self.history() if event["event"] == "bad"}
+
+    def client(self, key: str | None = "") -> httpx.Client:
+        """A client that verifies the certificate; `key` None sends none, "" the tests' own."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key or api_key()}"}
+        context = ssl.create_default_context(cafile=str(CA))
+        return httpx.Client(base_url=self.url, verify=context, headers=headers, timeout=60)
+
+    def ask(self, question: str, **more: Any) -> dict[str, Any]:
+        with self.client() as client:
+            response = client.post("/query", json={"query": question, **more})
+        assert response.status_code == httpx.codes.OK, f"{self.name}: {response.status_code} {response.text}"
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+def api_key() -> str:
+    return (INVENTORY / "pki/molecule.key").read_text().strip()
+
+
+def questions() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = yaml.safe_load(GOLDEN.read_text())["questions"]
+    return found
+
+
+def hosts() -> list[Host]:
+    addresses = {
+        path.stem: yaml.safe_load(path.read_text())["ansible_host"] for path in (INVENTORY / "host_vars").glob("*.yml")
+    }
+    return [Host(name, address) for name, address in sorted(addresses.items())]
+
+
+def environment() -> dict[str, str]:
+    """For a command of the project, whatever Molecule has put into ours."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_"))}
+    return kept | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def command(playbook: str, *arguments: str, variables: Mapping[str, Any] | None = None) -> list[str]:
+    extra = ["-e", json.dumps(dict(variables))] if variables else []
+    return ["ansible-playbook", "-i", str(INVENTORY), str(ROOT / "playbooks" / f"{playbook}.yml"), *extra, *arguments]
+
+
+def play(playbook: str, *arguments: str, variables: Mapping[str, Any] | None = None) -> Played:
+    """Run a playbook of the project against the test hosts."""
+    done = subprocess.run(
+        command(playbook, *arguments, variables=variables),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return Played(done.returncode, done.stdout)
+
+
+def machine(verb: str, *names: str) -> None:
+    """Start, stop or kill test hosts."""
+    program = ROOT / "molecule/shared/hosts.py"
+    subprocess.run([sys.executable, str(program), verb, "--run", "molecule", "--state", str(STATE), *names], check=True)
