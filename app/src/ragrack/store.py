@@ -77,7 +77,8 @@ CREATE VIRTUAL TABLE node_text USING fts5 (
 );
 """
 
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Mask = np.ndarray[Any, np.dtype[np.uint8]]
+"""A bit for each row, the first in the lowest bit of the first byte, as FAISS reads them."""
 
 
 class ReadOnlyError(TypeError):
@@ -195,22 +196,21 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         vector = np.asarray([query.query_embedding], dtype=np.float32)
         if vector.shape != (1, self.dimensions):
             raise ValueError(f"the query's embedding has {vector.size} dimensions, the snapshot's {self.dimensions}")
-        mask = self._mask(query.filters, query.node_ids, query.doc_ids)
+        # A retriever of a VectorStoreIndex gives an empty list of ids when it means all.
+        mask = self._mask(query.filters, query.node_ids or None, query.doc_ids)
         rows, similarities = self._search(vector, query.similarity_top_k, mask)
         nodes = self._read(rows)
         return VectorStoreQueryResult(nodes=nodes, similarities=similarities, ids=[node.node_id for node in nodes])
 
     def _search(self, vector: Any, k: int, mask: Mask | None) -> tuple[list[int], list[float]]:
         total = len(self)
-        allowed = total if mask is None else int(np.count_nonzero(mask))
+        allowed = total if mask is None else int(np.bitwise_count(mask).sum())
         k = min(k, allowed)
         if k <= 0:
             return [], []
         chosen: dict[str, Any] = {}
         if mask is not None:
-            # FAISS keeps a pointer into the array, so it must outlive the search.
-            bits = np.packbits(mask, bitorder="little")
-            chosen["sel"] = faiss.IDSelectorBitmap(bits)
+            chosen["sel"] = faiss.IDSelectorBitmap(mask)
         index = self._index
         parameters: Any = faiss.SearchParameters(**chosen)
         if isinstance(index, faiss.IndexHNSW):
@@ -226,7 +226,9 @@ class SnapshotVectorStore(BasePydanticVectorStore):
 
     def _get_nodes(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[BaseNode]:
         mask = self._mask(filters, node_ids, None)
-        return list(self._read(range(len(self)) if mask is None else np.flatnonzero(mask).tolist()))
+        if mask is None:
+            return self._read(range(len(self)))
+        return self._read(np.flatnonzero(np.unpackbits(mask, count=len(self), bitorder="little")).tolist())
 
     def _read(self, rows: Sequence[int]) -> list[BaseNode]:
         found = {
@@ -250,18 +252,28 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         if filters is not None and filters.filters:
             masks.append(self._selected(filters.model_dump_json()))
         if node_ids is not None:
-            masks.append(self._rows("SELECT row FROM node WHERE node_id IN (SELECT value FROM json_each(?))", node_ids))
+            masks.append(self._rows("SELECT row FROM node WHERE node_id = ?", node_ids))
         if doc_ids is not None:
-            sql = "SELECT row FROM node WHERE ref_doc_id IN (SELECT value FROM json_each(?))"
+            sql = "SELECT row FROM node WHERE ref_doc_id = ?"
             masks.append(self._rows(sql, doc_ids))
-        return functools.reduce(np.logical_and, masks) if masks else None
+        return functools.reduce(np.bitwise_and, masks) if masks else None
 
     def _rows(self, sql: str, values: Sequence[Any], *before: Any) -> Mask:
-        """The rows that a statement selects whose last parameter is a JSON list."""
-        mask = np.zeros(len(self), dtype=np.bool_)
-        cursor = self._execute(sql, *before, json.dumps([_plain(value) for value in values]))
-        mask[np.fromiter((row for (row,) in cursor), dtype=np.int64)] = True
-        return mask
+        """The rows that a statement selects for any of the values, which it takes as its last parameter, one at a time.
+
+        (As one JSON list they would be cut at a NUL, and 'a' found for 'a\\0b'.)
+        """
+        found = np.zeros(len(self), dtype=np.bool_)
+        for value in values:
+            cursor = self._execute(sql, *before, _plain(value))
+            found[np.fromiter((row for (row,) in cursor), dtype=np.int64)] = True
+        return np.packbits(found, bitorder="little")
+
+    def _all(self) -> Mask:
+        return np.packbits(np.ones(len(self), dtype=np.bool_), bitorder="little")
+
+    def _not(self, mask: Mask) -> Mask:
+        return self._all() & ~mask
 
     def _select(self, filters_json: str) -> Mask:
         return self._all_of(MetadataFilters.model_validate_json(filters_json))
@@ -269,14 +281,14 @@ class SnapshotVectorStore(BasePydanticVectorStore):
     def _all_of(self, filters: MetadataFilters) -> Mask:
         masks = [self._all_of(f) if isinstance(f, MetadataFilters) else self._one(f) for f in filters.filters]
         if not masks:
-            return np.ones(len(self), dtype=np.bool_)
+            return self._all()
         match filters.condition:
             case FilterCondition.OR:
-                return functools.reduce(np.logical_or, masks)
+                return functools.reduce(np.bitwise_or, masks)
             case FilterCondition.NOT:
-                return np.logical_not(functools.reduce(np.logical_or, masks))
+                return self._not(functools.reduce(np.bitwise_or, masks))
             case _:
-                return functools.reduce(np.logical_and, masks)
+                return functools.reduce(np.bitwise_and, masks)
 
     def _one(self, condition: MetadataFilter) -> Mask:
         key, value, operator = condition.key, condition.value, condition.operator
@@ -285,27 +297,26 @@ class SnapshotVectorStore(BasePydanticVectorStore):
             return self._rows(sql, values, key, *before)
 
         if operator == FilterOperator.IS_EMPTY:
-            return np.logical_not(matching(_NOT_AMONG, [""]))
+            return self._not(matching(_IS_NOT, [""]))
         if operator in _NEED_A_LIST:
             if not isinstance(value, list):
                 raise ValueError(f"the filter on {key!r} with {operator.value!r} needs a list")
             match operator:
                 case FilterOperator.IN:
-                    return matching(_AMONG, value)
+                    return matching(_IS, value)
                 case FilterOperator.NIN:
-                    return np.logical_not(matching(_AMONG, value))
+                    return self._not(matching(_IS, value))
                 case FilterOperator.ANY:
                     return matching(_HOLDS, value)
                 case _:
-                    everywhere = np.ones(len(self), dtype=np.bool_)
-                    return functools.reduce(np.logical_and, (matching(_HOLDS, [item]) for item in value), everywhere)
+                    return functools.reduce(np.bitwise_and, (matching(_HOLDS, [one]) for one in value), self._all())
         if value is None or isinstance(value, list):
             raise ValueError(f"the filter on {key!r} with {operator.value!r} needs a single value")
         match operator:
             case FilterOperator.EQ:
-                return matching(_AMONG, [value])
+                return matching(_IS, [value])
             case FilterOperator.NE:
-                return np.logical_not(matching(_AMONG, [value]))
+                return self._not(matching(_IS, [value]))
             case FilterOperator.GT | FilterOperator.GTE | FilterOperator.LT | FilterOperator.LTE:
                 return matching(_COMPARED[operator], [value], isinstance(value, str))
             case FilterOperator.CONTAINS if not isinstance(value, str):
@@ -323,32 +334,32 @@ class SnapshotVectorStore(BasePydanticVectorStore):
 
 
 _NEED_A_LIST = {FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL}
-_AMONG = """
-SELECT row FROM metadata WHERE key = ? AND element = 0 AND value IN (SELECT value FROM json_each(?))"""
-_NOT_AMONG = """
-SELECT row FROM metadata WHERE key = ? AND value NOT IN (SELECT value FROM json_each(?))"""
+_IS = """
+SELECT row FROM metadata WHERE key = ? AND element = 0 AND value = ?"""
+_IS_NOT = """
+SELECT row FROM metadata WHERE key = ? AND value != ?"""
 _HOLDS = """
-SELECT row FROM metadata WHERE key = ? AND element = 1 AND value IN (SELECT value FROM json_each(?))"""
+SELECT row FROM metadata WHERE key = ? AND element = 1 AND value = ?"""
 _HAS_TEXT = """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND typeof(value) = 'text'
-AND instr(value, (SELECT value FROM json_each(?)))"""
+AND instr(value, ?)"""
 _HAS_TEXT_OF_ANY_CASE = """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND typeof(value) = 'text'
-AND instr(python_lower(value), (SELECT value FROM json_each(?)))"""
+AND instr(python_lower(value), ?)"""
 # For SQLite every text is greater than every number, which is never what a filter means.
 _COMPARED = {
     FilterOperator.GT: """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
-AND value > (SELECT value FROM json_each(?))""",
+AND value > ?""",
     FilterOperator.GTE: """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
-AND value >= (SELECT value FROM json_each(?))""",
+AND value >= ?""",
     FilterOperator.LT: """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
-AND value < (SELECT value FROM json_each(?))""",
+AND value < ?""",
     FilterOperator.LTE: """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
-AND value <= (SELECT value FROM json_each(?))""",
+AND value <= ?""",
 }
 
 
