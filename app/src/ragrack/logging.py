@@ -54,6 +54,8 @@ def config(settings: Settings) -> dict[str, Any]:
         "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
         "root": {"level": "WARNING", "handlers": ["stdout"]},
         "loggers": {
+            # Its warnings quote what it choked on.
+            "llama_index": {"level": "ERROR"},
             "ragrack": {"level": settings.log_level.upper(), **stdout},
             "gunicorn.error": {"level": "INFO", **stdout},
             "gunicorn.access": {"level": "WARNING", "handlers": [], "propagate": False},

@@ -44,6 +44,8 @@ I_DONT_KNOW = "I don't know: nothing in the documents is close enough to this qu
 EXTRACT_NODES = 3
 EXTRACT_SHARE = 0.25
 POOL_THREADS = 4
+# What the synthesizer gives when the LLM's answer was no JSON, or not of its form: it keeps such errors to itself.
+LLAMAINDEX_EMPTY = "Empty Response"
 
 
 class NotReadyError(Exception):
@@ -183,7 +185,7 @@ class QueryService:
         )
         async with asyncio.timeout(self._settings.llm_timeout):
             text = str(await synthesizer.asynthesize(bundle, nodes)).strip()
-        if not text:
+        if text in ("", LLAMAINDEX_EMPTY):
             raise ValueError("the LLM's answer is empty")
         return text
 

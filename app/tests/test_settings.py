@@ -1,0 +1,184 @@
+"""Everything that is wrong with the settings is told in one go, and before anything uses them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ragrack import cli
+from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
+
+GOOD = {"RAGRACK_COLLECTIONS": "handbook, wiki"}
+
+
+def problems(**values: str) -> dict[str, Problem]:
+    """Of GOOD with these fields' variables changed, by variable."""
+    environ = GOOD | {f"RAGRACK_{name.upper()}": value for name, value in values.items()}
+    return {problem.variable: problem for problem in examine(environ, on_host=False)[1]}
+
+
+def test_the_defaults_hold() -> None:
+    settings = load(GOOD, on_host=False)
+    assert settings.collections == ("handbook", "wiki")
+    assert settings.default_collection == "handbook"
+    assert settings.answer == "extractive"
+
+
+def test_empty_variables_are_unset_ones() -> None:
+    assert load(GOOD | {"RAGRACK_LLM_BASE_URL": "", "RAGRACK_TOP_K": ""}, on_host=False).top_k == 5
+
+
+def test_the_environment_of_this_process_plays_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAGRACK_TOP_K", "7")
+    assert load(GOOD, on_host=False).top_k == 5
+    assert Settings(collections=("a",)).top_k == 7
+
+
+def test_all_problems_come_at_once_each_with_variable_and_mend() -> None:
+    environ = {
+        "RAGRACK_TOP_K": "many",
+        "RAGRACK_CHUNK_SIZE": "300",
+        "RAGRACK_CHUNKOVERLAP": "3",
+        "RAGRACK_ANSWER": "generate",
+        "RAGRACK_LLM_API_KEY": "swordfish",
+        "RAGRACK_INDEX_DIR": "indexes",
+    }
+    with pytest.raises(SettingsError) as caught:
+        load(environ, on_host=False)
+    found = {problem.variable: problem for problem in caught.value.problems}
+    assert set(found) == {
+        "RAGRACK_COLLECTIONS",
+        "RAGRACK_TOP_K",
+        "RAGRACK_CHUNK_SIZE",
+        "RAGRACK_CHUNKOVERLAP",
+        "RAGRACK_LLM_BASE_URL",
+        "RAGRACK_LLM_MODEL",
+        "RAGRACK_LLM_API_KEY",
+        "RAGRACK_INDEX_DIR",
+    }
+    assert "many" in found["RAGRACK_TOP_K"].problem
+    assert "RAGRACK_CHUNK_OVERLAP" in found["RAGRACK_CHUNKOVERLAP"].mend
+    assert "credential" in found["RAGRACK_LLM_API_KEY"].mend
+    assert "swordfish" not in str(caught.value)
+    assert all(problem.mend for problem in found.values())
+    assert "8 problems" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("collections", "a,B", "pattern"),
+        ("collections", "a,a", "twice"),
+        ("collections", "../x", "pattern"),
+        ("top_k", "0", "greater"),
+        ("similarity_cutoff", "1.1", "less"),
+        ("similarity_cutoff", "nan", "less"),
+        ("answer", "guess", "extractive"),
+        ("chunk_size", "255", "254"),
+        ("chunk_overlap", "254", "not less"),
+        ("llm_base_url", "llm.example.org", "URL"),
+        ("llm_base_url", "http://u:p@llm.example.org", "secrets"),
+        ("llm_timeout", "0", "greater"),
+        ("llm_timeout", "inf", "less"),
+        ("release", "../../etc", "pattern"),
+        ("workers", "1.5", "integer"),
+    ],
+)
+def test_each_value_is_checked(name: str, value: str, says: str) -> None:
+    found = problems(**{name: value})
+    assert list(found) == [f"RAGRACK_{name.upper()}"]
+    assert says in str(found[f"RAGRACK_{name.upper()}"])
+
+
+def test_the_context_window_must_hold_what_is_retrieved_where_an_llm_reads_it() -> None:
+    assert problems(top_k="10") == {}
+    found = problems(top_k="10", llm_base_url="http://127.0.0.1:1/v1")
+    assert "2668" in found["RAGRACK_CONTEXT_WINDOW"].problem
+
+
+def test_a_password_in_a_url_that_is_wrong_otherwise_is_not_shown() -> None:
+    assert "swordfish" not in str(problems(llm_base_url="ftp://u:swordfish@h/")["RAGRACK_LLM_BASE_URL"])
+
+
+def test_the_llms_key_comes_from_its_credential_and_is_masked(tmp_path: Path) -> None:
+    (tmp_path / "credentials_llm_api_key").write_text("swordfish\n")
+    settings, _ = examine(GOOD | {"CREDENTIALS_DIRECTORY": str(tmp_path)}, on_host=True)
+    assert settings is not None
+    assert settings.llm_api_key is not None
+    assert settings.llm_api_key.get_secret_value() == "swordfish"
+    assert "swordfish" not in repr(settings)
+
+
+def test_on_a_host_the_model_must_be_there(tmp_path: Path) -> None:
+    environ = GOOD | {"RAGRACK_EMBED_MODEL_DIR": str(tmp_path)}
+    assert examine(environ, on_host=False)[1] == []
+    [problem] = examine(environ, on_host=True)[1]
+    assert problem.variable == "RAGRACK_EMBED_MODEL_DIR"
+    assert "tokenizer.json" in problem.problem
+
+
+def test_an_env_file_is_read_as_systemd_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "app.env"
+    path.write_text('# comment\n; too\n\nA=plain\nB="with blanks"\nC="a \\"quoted\\" \\\\ one"\nD=\n')
+    assert read_env_file(path) == ({"A": "plain", "B": "with blanks", "C": 'a "quoted" \\ one', "D": ""}, [])
+
+
+@pytest.mark.parametrize(
+    "line", ["A", "A B=1", 'A="open', "A=$HOME", "A=with blanks", "A=`id`", "export A=1", "A=1 # no"]
+)
+def test_a_line_that_two_readers_could_take_differently_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "app.env"
+    path.write_text(f"# first\n{line}\n")
+    [problem] = read_env_file(path)[1]
+    assert problem.variable == f"{path}:2"
+
+
+def test_config_check_reads_files_alone_and_tells_people_and_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAGRACK_NONSENSE", "1")
+    path = tmp_path / "app.env"
+    path.write_text("RAGRACK_COLLECTIONS=handbook\n")
+    assert cli.main(["config", "check", "--env-file", str(path)]) == 0
+    assert "hold" in capsys.readouterr().out
+
+    path.write_text("RAGRACK_COLLECTIONS=handbook\nRAGRACK_TOP_K=many\nRAGRACK_TOPK=3\n")
+    assert cli.main(["config", "check", "--env-file", str(path)]) == 1
+    assert "RAGRACK_TOPK: is not a setting" in capsys.readouterr().out
+    assert cli.main(["config", "check", "--json", "--env-file", str(path)]) == 1
+    reported = json.loads(capsys.readouterr().out)
+    assert {problem["variable"] for problem in reported} == {"RAGRACK_TOP_K", "RAGRACK_TOPK"}
+    assert {frozenset(problem) for problem in reported} == {frozenset({"variable", "problem", "mend"})}
+
+    assert cli.main(["config", "check", "--env-file", str(tmp_path / "nowhere")]) == 1
+    assert "cannot be read" in capsys.readouterr().out
+
+
+def test_keys_new_shows_the_key_once_and_keeps_its_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.json"
+    new = ["keys", "new", "--name", "reports", "--expires", "2999-12-31", "--file", str(path)]
+    assert cli.main([*new, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    stored = json.loads(path.read_text())["keys"][0]
+    assert stored["sha256"] == made["sha256"]
+    assert made["key"] not in path.read_text()
+    assert cli.main(new) == 1
+    assert "reports is taken" in capsys.readouterr().err
+    assert cli.main(["keys", "new", "--name", "two words", "--expires", "soon"]) == 1
+    refused = capsys.readouterr().err
+    assert "--name" in refused
+    assert "--expires" in refused
+
+
+def test_the_documented_table_is_that_of_the_model() -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    assert table() in documented, "write docs/settings.md anew: its table is what `ragrack settings-table` prints"
+
+
+def test_checking_settings_does_not_import_llamaindex() -> None:
+    code = "import sys, ragrack.cli; sys.exit('llama_index' in ' '.join(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
