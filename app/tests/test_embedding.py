@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -87,3 +88,10 @@ def test_a_damaged_model_is_refused_with_the_mend(model_dir: Path, tmp_path: Pat
     (tmp_path / "model" / name).write_bytes(b"{")
     with pytest.raises(ModelError, match=r"ragrack\.build_minilm"):
         MiniLMEmbedding.load(tmp_path / "model")
+
+
+def test_nothing_is_left_in_the_home_directory_and_nobody_is_told(model_dir: Path, tmp_path: Path) -> None:
+    code = "import sys, pathlib, ragrack.embedding as e; e.MiniLMEmbedding.load(pathlib.Path(sys.argv[1])).close()"
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, "-c", code, model_dir], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
