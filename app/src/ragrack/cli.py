@@ -97,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question")
     ask.set_defaults(run=_ask)
 
+    ask = commands.add_parser("ask", help="ask a running service a question, as its users do")
+    ask.add_argument("--url", required=True, help="e.g. https://rag.example.org")
+    ask.add_argument("--cacert", type=Path, help="the CA that signed its certificate; the system's by default")
+    ask.add_argument("--key-file", type=Path, required=True, help="holds the API key")
+    ask.add_argument("--generate", action="store_true", help="let the LLM answer")
+    ask.add_argument("--json", action="store_true", help="print the whole answer")
+    ask.add_argument("question")
+    ask.set_defaults(run=_ask)
+
     keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
     new = keys.add_parser("new", help="make a key: shown once, only its hash is kept")
     new.add_argument("--name", required=True, help="whose it is; appears in the log")
@@ -242,17 +251,30 @@ def _index_verify(arguments: argparse.Namespace) -> int:
 _INDEX = {"list": _index_list, "show": _index_show, "verify": _index_verify}
 
 
+def _ask(arguments: argparse.Namespace) -> int:
+    from ragrack.client import AskError, as_json, as_text, ask
+
+    try:
+        answer = ask(
+            arguments.url,
+            arguments.question,
+            key=_key(arguments.key_file),
+            ca=arguments.cacert,
+            generate=arguments.generate,
+        )
+    except AskError as error:
+        raise _RefusedError(str(error)) from error
+    print(as_json(answer) if arguments.json else as_text(answer))
+    return 0
+
+
 def _golden(arguments: argparse.Namespace) -> int:
     import asyncio
 
     from ragrack.gate import GateError, Target, ask
 
     key_file = arguments.key_file or (arguments.socket.with_name("gate.key") if arguments.socket else None)
-    try:
-        key = key_file.read_text(encoding="ascii").strip() if key_file else None
-    except OSError as error:
-        raise _RefusedError(f"the API key cannot be read from {key_file}: {error.strerror}") from error
-    target = Target(arguments.socket, arguments.url, arguments.cacert, key)
+    target = Target(arguments.socket, arguments.url, arguments.cacert, _key(key_file) if key_file else None)
     golden = _golden_set(arguments)
     try:
         report = asyncio.run(ask(target, arguments.collection, golden, allow_degraded=arguments.allow_degraded))
@@ -263,6 +285,13 @@ def _golden(arguments: argparse.Namespace) -> int:
     else:
         print(report.summary())
     return 0 if report.passed else 1
+
+
+def _key(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise _RefusedError(f"the API key cannot be read from {path}: {error.strerror}") from error
 
 
 def _golden_set(arguments: argparse.Namespace) -> GoldenSet | None:
