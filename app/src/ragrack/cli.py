@@ -97,15 +97,6 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question")
     ask.set_defaults(run=_ask)
 
-    ask = commands.add_parser("ask", help="ask a running service a question, as its users do")
-    ask.add_argument("--url", required=True, help="e.g. https://rag.example.org")
-    ask.add_argument("--cacert", type=Path, help="the CA that signed its certificate; the system's by default")
-    ask.add_argument("--key-file", type=Path, required=True, help="holds the API key")
-    ask.add_argument("--generate", action="store_true", help="let the LLM answer")
-    ask.add_argument("--json", action="store_true", help="print the whole answer")
-    ask.add_argument("question")
-    ask.set_defaults(run=_ask)
-
     keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
     new = keys.add_parser("new", help="make a key: shown once, only its hash is kept")
     new.add_argument("--name", required=True, help="whose it is; appears in the log")
@@ -306,22 +297,6 @@ def _golden_set(arguments: argparse.Namespace) -> GoldenSet | None:
         return GoldenSet.load(path, float(rate))
     except GoldenError as error:
         raise _RefusedError(str(error)) from error
-
-
-def _ask(arguments: argparse.Namespace) -> int:
-    from ragrack import client
-
-    try:
-        key = arguments.key_file.read_text().strip()
-        answer = client.ask(
-            arguments.url, arguments.question, key=key, ca=arguments.cacert, generate=arguments.generate
-        )
-    except OSError as error:
-        raise _RefusedError(f"--key-file: {arguments.key_file} cannot be read: {error.strerror}") from error
-    except client.AskError as error:
-        raise _RefusedError(str(error)) from error
-    print(client.as_json(answer) if arguments.json else client.as_text(answer))
-    return 0
 
 
 def _keys_new(arguments: argparse.Namespace) -> int:
