@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.resources
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -145,6 +146,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RequestContext, max_body_bytes=MAX_BODY_BYTES)
     problems.install(app)
     _routes(app)
+    _page(app)
     return app
 
 
@@ -216,6 +218,25 @@ def _routes(app: FastAPI) -> None:
             fingerprint=service.fingerprint,
             snapshots=service.snapshots,
         )
+
+
+def _page(app: FastAPI) -> None:
+    """A page to ask from, of three files and nothing from elsewhere; it needs a key as every client does."""
+    folder = importlib.resources.files("ragrack") / "page"
+    for path, name, kind in (
+        ("/", "index.html", "text/html"),
+        ("/page.css", "page.css", "text/css"),
+        ("/page.js", "page.js", "text/javascript"),
+    ):
+        response = Response((folder / name).read_bytes(), media_type=kind)
+        app.add_api_route(path, _always(response), include_in_schema=False)
+
+
+def _always(response: Response) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        return response
+
+    return answer
 
 
 def _invalid(field: str, problem: str) -> ProblemError:

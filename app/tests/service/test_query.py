@@ -192,3 +192,14 @@ async def test_what_is_not_there_is_a_problem_too(client: httpx.AsyncClient, req
     response = await client.request(*request_)
     assert response.status_code in (404, 405)
     assert response.headers["content-type"] == "application/problem+json"
+
+
+async def test_the_page_needs_nothing_from_elsewhere_and_no_key_to_be_read(client: httpx.AsyncClient) -> None:
+    del client.headers["Authorization"]
+    page = await client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert "//" not in page.text, "a reference to another host would break the Content-Security-Policy"
+    for name, kind in (("page.css", "text/css"), ("page.js", "text/javascript")):
+        assert name in page.text
+        assert (await client.get(f"/{name}")).headers["content-type"].startswith(kind)
