@@ -160,8 +160,9 @@ def molecule_test() -> int | None:
     while pid > 1:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         names = [Path(word).name for word in command]
-        keeps = re.search(r"--destroy[= ]never", " ".join(command))
-        if "molecule" in names[:3] and "test" in command and not keeps:
+        tests = re.search(r"(?<!-s)(?<!--scenario-name) test\b", " ".join(command))
+        keeps = re.search(r"--destroy[= ]never\b", " ".join(command))
+        if "molecule" in names[:3] and tests and not keeps:
             return pid
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return None

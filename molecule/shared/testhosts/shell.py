@@ -47,14 +47,20 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file that exists only while somebody holds or awaits it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        # The holder before us unlinked the file: then ours is no longer the one that others lock.
-        if path.exists() and path.stat().st_ino == os.fstat(fd).st_ino:
-            break
-        os.close(fd)
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # The holder before us unlinked the file: then ours is no longer the one that others lock.
+            if not _is_at(path, file.fileno()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(path: Path, fd: int) -> bool:
     try:
-        yield
-    finally:
-        path.unlink()
-        os.close(fd)
+        return path.stat().st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
