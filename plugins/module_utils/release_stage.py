@@ -6,6 +6,7 @@ that it is complete in itself and yet a change of code costs no more than the ap
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
@@ -123,7 +124,7 @@ class Stager:
                     *("-r", requirements),
                 )
             (venv / ".lock").unlink(missing_ok=True)
-            compile_bytecode(venv, [site_packages(venv)])
+            compile_bytecode(venv, [site_packages(venv)], jobs="0")
             (aside / "manifest.sha256").write_text(listing(hashes(venv)))
             sync_file_system(aside)
             shutil.rmtree(self.cached_env, ignore_errors=True)
@@ -135,7 +136,6 @@ class Stager:
 
     def _install_app(self, venv: Path) -> dict[str, str]:
         wheel = self.artifact.dir / self.artifact.app_wheel()
-        before = set(files_below(venv))
         with self._uv_cache(venv.parent) as uv:
             uv(
                 *("pip", "install", "--python", venv / "bin/python", "--no-deps", "--no-index"),
@@ -144,9 +144,13 @@ class Stager:
         (venv / ".lock").unlink(missing_ok=True)
         with zipfile.ZipFile(wheel) as archive:
             tops = {Path(name).parts[0] for name in archive.namelist()}
-        packages = [site_packages(venv) / top for top in sorted(tops) if not top.endswith((".dist-info", ".data"))]
-        compile_bytecode(venv, packages)
-        return {str(path.relative_to(venv)): sha256(path) for path in files_below(venv) if path not in before}
+        venv = venv.resolve()
+        packages = site_packages(venv)
+        compile_bytecode(venv, [packages / top for top in sorted(tops) if not top.endswith((".dist-info", ".data"))])
+        [record] = packages.glob(f"{self.artifact.name}-*.dist-info/RECORD")
+        installed = {(packages / row[0]).resolve() for row in csv.reader(record.read_text().splitlines())}
+        compiled = (pyc for top in tops for pyc in (packages / top).rglob("*.pyc"))
+        return {str(path.relative_to(venv)): sha256(path) for path in (*installed, *compiled)}
 
     def _write(self, aside: Path, app_files: Mapping[str, str]) -> None:
         listed = {f"venv/{name}": digest for name, digest in app_files.items()}
@@ -251,9 +255,10 @@ def site_packages(venv: Path) -> Path:
     return next((venv / "lib").glob("python*")) / "site-packages"
 
 
-def compile_bytecode(venv: Path, paths: list[Path]) -> None:
+def compile_bytecode(venv: Path, paths: list[Path], jobs: str = "1") -> None:
     """Byte-compile once and for all: nothing on the host checks the sources again, as a release never changes."""
-    compiler: list[str | Path] = [venv / "bin/python", "-I", "-m", "compileall", "-q", "-j", "0"]
+    # -S: the packages have a say in how Python starts, which compiling them neither needs nor should wait for.
+    compiler: list[str | Path] = [venv / "bin/python", "-I", "-S", "-m", "compileall", "-q", "-j", jobs]
     done = subprocess.run(
         [*compiler, "--invalidation-mode", "unchecked-hash", *paths],
         capture_output=True,

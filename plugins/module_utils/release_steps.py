@@ -246,6 +246,10 @@ def live(host: Host, release: str, how: str) -> Outcome:
             raise StateError(f"release {release} is {life.active}; start it and ask it its questions first")
         if host.releases.gated_in(release) != life.invocation:
             raise StateError(f"release {release} has not passed its gate since it was started; ask its questions first")
+        if current is not None:
+            serving = host.systemd.show(host.unit(current))
+            if serving.active == "active":  # it serves, in whichever life: the way back to it must stay open
+                host.releases.remember_gate(current, serving.invocation)
         took = host.releases.flip(release, how=how, who=host.who, what=host.what, run=host.run)
     return Outcome(True, {"flip_ms": round(took, 2)}, predicted)
 

@@ -147,6 +147,13 @@ def test_only_a_release_that_passed_in_this_life_goes_live(place: Place) -> None
     do(place, "live", A)
 
 
+def test_what_served_until_the_flip_may_be_gone_back_to_at_once(place: Place) -> None:
+    deploy(place, A)
+    Systemd().restart(f"ragrack@{A}.service")
+    deploy(place, B)
+    assert do(place, "live", A, how="rollback")["current"] == A
+
+
 def test_the_live_release_is_never_stopped_by_its_own_gate(place: Place) -> None:
     deploy(place, A)
     (place.path / "run" / A / "gate.key").write_text("another")
