@@ -101,10 +101,10 @@ def questions() -> list[dict[str, Any]]:
 
 
 def hosts() -> list[Host]:
-    addresses = {
-        path.stem: yaml.safe_load(path.read_text())["ansible_host"] for path in (INVENTORY / "host_vars").glob("*.yml")
-    }
-    return [Host(name, address) for name, address in sorted(addresses.items())]
+    """The test hosts by name. Raises AssertionError where there are none."""
+    found = sorted((INVENTORY / "host_vars").glob("*/connection.yml"))
+    assert found, "there are no test hosts; `molecule create` makes them"
+    return [Host(path.parent.name, yaml.safe_load(path.read_text())["ansible_host"]) for path in found]
 
 
 def environment() -> dict[str, str]:

@@ -126,7 +126,7 @@ def test_roll_back_by_name() -> None:
 
 
 def test_prune_keeps_the_live_release_and_the_way_back() -> None:
-    played = deploy(app_top_k=8, release_keep=1, release_keep_warm=0)
+    played = deploy(app_top_k=3, release_keep=1, release_keep_warm=0)
     assert played.status == 0, played.output
     for host in HOSTS:
         assert host.running() == [serving()]
