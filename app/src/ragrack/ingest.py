@@ -74,7 +74,8 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
     try:
         directory.snapshots.mkdir(parents=True, exist_ok=True)
         with _locked(settings.index_dir / collection / ".ingest.lock"), contextlib.ExitStack() as stack:
-            embedding = MiniLMEmbedding.load(settings.embed_model_dir, threads=len(os.sched_getaffinity(0)))
+            threads = settings.ingest_threads or len(os.sched_getaffinity(0))
+            embedding = MiniLMEmbedding.load(settings.embed_model_dir, threads)
             stack.callback(embedding.close)
             staging = Staging(staged)
             stack.callback(staging.close)
