@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from testhosts.network import Network, mtu
 from testhosts.shell import HostsError, run, succeeds, write
 
+SYSTEMD = Path("/run/systemd/system")  # is there where systemd is PID 1
 BOOT_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
 
@@ -100,30 +100,28 @@ class Machine:
             *["--capability=CAP_BPF", "--system-call-filter=bpf"],
         ]
         environment = {
-            "PATH": os.environ["PATH"],
             # A systemd newer than 255 refuses the cgroup v1 layout that an older machine would hand down.
             "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",
             # /tmp is as the host's own Debian has it, not a tmpfs of a tenth of the memory.
             "SYSTEMD_NSPAWN_TMPFS_TMP": "0",
         }
-        with self.console.open("ab") as console:
-            subprocess.run(
-                ["setsid", "--fork", *self._own_cgroup(), *command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=console,
-                cwd="/",
-                check=True,
-            )
+        run(*self._launcher(environment), *command)
 
-    def _own_cgroup(self) -> list[str]:
-        """Return the command prefix that gives the machine a cgroup: two in one would manage each other's services."""
-        if Path("/run/systemd/system").is_dir():
-            scope = ["--scope", "--quiet", "--collect", "--slice=machine.slice", f"--unit={self.unit}"]
-            return ["systemd-run", *scope, "--property=Delegate=yes"]
+    def _launcher(self, environment: dict[str, str]) -> list[str]:
+        """Return the command prefix that gives the machine a life and a cgroup of its own.
+
+        Two machines in one cgroup would manage each other's services.
+        """
+        if SYSTEMD.is_dir():
+            output = [f"--property=Standard{stream}=append:{self.console}" for stream in ("Output", "Error")]
+            # Mixed: when this machine shuts down, systemd-nspawn is told, and tells the host.
+            life = ["--property=Delegate=yes", "--property=KillMode=mixed", "--collect", "--slice=machine.slice"]
+            variables = [f"--setenv={name}={value}" for name, value in environment.items()]
+            return ["systemd-run", "--quiet", f"--unit={self.unit}", *life, *output, *variables]
         self.cgroup.mkdir(parents=True, exist_ok=True)
-        return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.cgroup)]
+        enter = 'echo $$ > "$1/cgroup.procs" && exec >> "$2" 2>&1 < /dev/null && shift 2 && exec "$@"'
+        variables = [f"{name}={value}" for name, value in environment.items()]
+        return ["setsid", "--fork", "sh", "-c", enter, "sh", str(self.cgroup), str(self.console), "env", *variables]
 
     @property
     def cgroup(self) -> Path:
@@ -161,7 +159,9 @@ class Machine:
         """Remove what the kernel may keep for a moment, and what a killed systemd-nspawn leaves."""
         if Path(f"/sys/class/net/vb-{self.unit}").exists():
             succeeds("ip", "link", "delete", f"vb-{self.unit}")
-        if not Path("/run/systemd/system").is_dir() and not _wait(lambda: _remove_cgroup(self.cgroup), 10):
+        if SYSTEMD.is_dir():
+            succeeds("systemctl", "stop", f"{self.unit}.service")
+        elif not _wait(lambda: _remove_cgroup(self.cgroup), 10):
             raise HostsError(f"processes are left in {self.cgroup}: kill them and run this again")
 
     def wait(self, ssh: Sequence[str]) -> None:
