@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from testhosts.shell import HostsError, run, succeeds, write
 
@@ -93,12 +94,46 @@ def up(network: Network, registry: Path) -> None:
             f'ip saddr {network.subnet} oifname != "{network.bridge}" masquerade; }}; }}\n'
         )
         run("nft", "-f", "-", stdin=rules)
+    _pass_firewall(network)
+
+
+def _pass_firewall(network: Network) -> None:
+    """Let the bridge through where a firewall drops what is forwarded, as Docker's does."""
+    ruleset = json.loads(run("nft", "--json", "list", "ruleset"))["nftables"]
+    for family, table, chain in dropping_chains(ruleset):
+        for side in {"iifname", "oifname"} - {side for _, side in passes(ruleset, network.bridge, chain)}:
+            # iptables reads a rule of this form as one of its own.
+            run("nft", "insert", "rule", family, table, chain, side, network.bridge, "counter", "accept")
+
+
+def dropping_chains(ruleset: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return (family, table, name) of the chains that drop forwarded IPv4 packets by policy."""
+    chains = [item["chain"] for item in ruleset if "chain" in item]
+    return [
+        (chain["family"], chain["table"], chain["name"])
+        for chain in chains
+        if chain.get("hook") == "forward" and chain.get("policy") == "drop" and chain["family"] in ("ip", "inet")
+    ]
+
+
+def passes(ruleset: list[dict[str, Any]], bridge: str, chain: str | None = None) -> list[tuple[list[str], str]]:
+    """Return what ``_pass_firewall`` inserted for a bridge: how nft names the rule, and iifname or oifname."""
+    found = []
+    for rule in (item["rule"] for item in ruleset if "rule" in item):
+        match = next(iter(rule["expr"]), {}).get("match", {})
+        side = match.get("left", {}).get("meta", {}).get("key") if isinstance(match.get("left"), dict) else None
+        if match.get("right") == bridge and {"accept": None} in rule["expr"] and chain in (None, rule["chain"]):
+            name = [rule["family"], rule["table"], rule["chain"], "handle", str(rule["handle"])]
+            found.append((name, str(side)))
+    return found
 
 
 def down(network: Network, registry: Path, *, last: bool) -> None:
     """Remove what ``up`` made; with the last run the uplink gets back the forwarding flag that it had."""
     if succeeds("nft", "list", "table", "ip", network.table):
         run("nft", "delete", "table", "ip", network.table)
+    for rule, _ in passes(json.loads(run("nft", "--json", "list", "ruleset"))["nftables"], network.bridge):
+        run("nft", "delete", "rule", *rule)
     if Path(f"/sys/class/net/{network.bridge}").exists():
         run("ip", "link", "delete", network.bridge)
     if last:

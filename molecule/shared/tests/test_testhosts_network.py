@@ -2,12 +2,13 @@
 
 import ipaddress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from testhosts.machine import Machine, read_resolv_conf
-from testhosts.network import RANGE, Network, choose_subnet
+from testhosts.network import RANGE, Network, choose_subnet, dropping_chains, passes
 from testhosts.shell import HostsError
 
 SUBNETS = [str(subnet) for subnet in RANGE.subnets(new_prefix=24)]
@@ -52,3 +53,28 @@ def test_a_stub_resolver_of_this_machine_is_not_handed_to_hosts() -> None:
         "# stub\nnameserver 127.0.0.53\nnameserver 192.0.2.53\nnameserver ::1\nsearch corp.example .\noptions edns0\n"
     )
     assert read_resolv_conf(text) == (["192.0.2.53"], ["corp.example"])
+
+
+def test_only_chains_that_drop_forwarded_packets_are_touched_and_only_our_rules_are_found() -> None:
+    def chain(name: str, **more: str) -> dict[str, Any]:
+        return {"chain": {"family": "ip", "table": "filter", "name": name, **more}}
+
+    def rule(handle: int, side: str, interface: str) -> dict[str, Any]:
+        match = {"match": {"op": "==", "left": {"meta": {"key": side}}, "right": interface}}
+        expr = [match, {"counter": {"packets": 0, "bytes": 0}}, {"accept": None}]
+        return {"rule": {"family": "ip", "table": "filter", "chain": "FORWARD", "handle": handle, "expr": expr}}
+
+    ruleset = [
+        {"metainfo": {"version": "1.0.6"}},
+        chain("FORWARD", hook="forward", policy="drop"),
+        chain("INPUT", hook="input", policy="drop"),
+        chain("DOCKER-USER"),
+        rule(7, "iifname", "ragrack-18-0"),
+        rule(8, "oifname", "ragrack-18-0"),
+        rule(9, "iifname", "docker0"),
+    ]
+    assert dropping_chains(ruleset) == [("ip", "filter", "FORWARD")]
+    assert passes(ruleset, "ragrack-18-0") == [
+        (["ip", "filter", "FORWARD", "handle", "7"], "iifname"),
+        (["ip", "filter", "FORWARD", "handle", "8"], "oifname"),
+    ]
