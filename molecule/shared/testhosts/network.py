@@ -120,7 +120,7 @@ def passes(ruleset: list[dict[str, Any]], bridge: str, chain: str | None = None)
     """Return what ``_pass_firewall`` inserted for a bridge: how nft names the rule, and iifname or oifname."""
     found = []
     for rule in (item["rule"] for item in ruleset if "rule" in item):
-        match = next(iter(rule["expr"]), {}).get("match", {})
+        match: dict[str, Any] = rule["expr"][0].get("match", {}) if rule["expr"] else {}
         side = match.get("left", {}).get("meta", {}).get("key") if isinstance(match.get("left"), dict) else None
         if match.get("right") == bridge and {"accept": None} in rule["expr"] and chain in (None, rule["chain"]):
             name = [rule["family"], rule["table"], rule["chain"], "handle", str(rule["handle"])]
