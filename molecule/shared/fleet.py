@@ -73,10 +73,6 @@ class Host:
     def history(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.run("cat /opt/ragrack/history.jsonl").splitlines()]
 
-    def bad(self) -> dict[str, str]:
-        """Releases marked bad, with the reason."""
-        return {event["release"]: event["reason"] for event in self.history() if event["event"] == "bad"}
-
     def client(self, key: str | None = "") -> httpx.Client:
         """A client that verifies the certificate; `key` None sends none, "" the tests' own."""
         headers = {} if key is None else {"Authorization": f"Bearer {key or api_key()}"}

@@ -193,8 +193,11 @@ def started(host: Host, release: str, timeout: float) -> Outcome:
     return Outcome(True, {"start_seconds": round(time.monotonic() - began, 3)}, predicted)
 
 
-def gated(host: Host, release: str, collections: Sequence[str], timeout: float) -> Outcome:
-    """Ask the golden questions of each collection. A release that does not pass is stopped and marked bad."""
+def gated(host: Host, release: str, collections: Sequence[str], timeout: float, how: str = "deploy") -> Outcome:
+    """Ask the golden questions of each collection. A release that does not pass is stopped and marked bad.
+
+    A rollback does not wait for the language model: while that is down the way back must stay open.
+    """
     if host.check:
         return Outcome(facts={"golden": {}})
     host.releases.require(release)
@@ -206,7 +209,7 @@ def gated(host: Host, release: str, collections: Sequence[str], timeout: float) 
     problems = []
     for collection in collections or cli.collections():
         try:
-            report = cli.golden(collection, socket, socket.with_name("gate.key"), timeout)
+            report = cli.golden(collection, socket, socket.with_name("gate.key"), timeout, degraded=how == "rollback")
         except StateError as error:
             problems.append(str(error))
             continue
@@ -257,16 +260,17 @@ def live(host: Host, release: str, how: str) -> Outcome:
 def drained(host: Host, keep_warm: float, settle: float, timeout: float) -> Outcome:
     """Send every other running release on its way.
 
-    One that was live stays warm if `keep_warm` is not 0, for as long as its timer on the host says. With 0, or where
-    it is bad or never was live, it is stopped as soon as nothing has waited on its socket for `settle` seconds.
+    Where a rollback goes and what was live until the last flip stay warm if `keep_warm` is not 0, for as long as their
+    timer on the host says. The rest, or all with 0, is stopped as soon as nothing has waited on its socket for
+    `settle` seconds.
     """
     current = host.releases.current()
     bad = host.releases.bad()
     flips = [event for event in host.releases.history.read() if event.get("event") == "live"]
-    was_live = {flip[end] for flip in flips for end in ("from", "to")}
+    ways_back = {host.releases.previous(), *(flip["from"] for flip in flips[-1:])}
     others = [release for release in host.running() if release != current]
     warm = set(host.warm())
-    to_warm = [release for release in others if keep_warm > 0 and release in was_live and release not in bad]
+    to_warm = [release for release in others if keep_warm > 0 and release in ways_back and release not in bad]
     to_stop = [release for release in others if release not in to_warm]
     new_warm = [release for release in to_warm if release not in warm]
     facts = {"stopped": to_stop, "warm": to_warm}

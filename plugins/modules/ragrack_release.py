@@ -109,7 +109,7 @@ options:
       - Where not given, V(started) 60, V(gated) 120 for each collection, V(indexed) 3600, V(drained) 30.
     type: float
   how:
-    description: With O(state=live), whether this is a deploy or a rollback.
+    description: With O(state=gated) and O(state=live), whether this is a deploy or a rollback, which a language model that is down does not hold up.
     type: str
     choices: [deploy, rollback]
     default: deploy
@@ -415,7 +415,7 @@ def step(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
         case "started":
             return steps.started(host, release, timeout)
         case "gated":
-            return steps.gated(host, release, collections, timeout)
+            return steps.gated(host, release, collections, timeout, params["how"])
         case "live":
             return steps.live(host, release, params["how"])
         case "drained":

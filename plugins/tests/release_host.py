@@ -75,7 +75,8 @@ def main():
     parser.add_argument("what", nargs="?")
     for name in ("--socket", "--collection", "--key-file"):
         parser.add_argument(name)
-    parser.add_argument("--json", action="store_true")
+    for name in ("--json", "--allow-missing", "--allow-degraded"):
+        parser.add_argument(name, action="store_true")
     options = parser.parse_args()
     if options.command == "serve":
         serve(options.socket)

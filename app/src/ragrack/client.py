@@ -14,7 +14,9 @@ class AskError(Exception):
     """The service did not answer; the message says what it said instead."""
 
 
-def ask(url: str, question: str, *, key: str, ca: Path | None = None, generate: bool = False, timeout: float = 120) -> dict[str, Any]:
+def ask(
+    url: str, question: str, *, key: str, ca: Path | None = None, generate: bool = False, timeout: float = 120
+) -> dict[str, Any]:
     """POST /query and return its JSON. The certificate is verified against `ca` (PEM) or the system's authorities.
 
     Raises AskError where the service is out of reach or refuses.
@@ -25,7 +27,9 @@ def ask(url: str, question: str, *, key: str, ca: Path | None = None, generate: 
         with httpx.Client(base_url=url, verify=context, timeout=timeout) as client:
             response = client.post("/query", json=body, headers={"Authorization": f"Bearer {key}"})
     except httpx.TransportError as error:
-        raise AskError(f"{url} is out of reach: {error}. Mend: look at `systemctl status nginx 'ragrack@*'` on the host.") from error
+        raise AskError(
+            f"{url} is out of reach: {error}. Mend: look at `systemctl status nginx 'ragrack@*'` on the host."
+        ) from error
     if response.status_code != httpx.codes.OK:
         raise AskError(f"{url}/query answered {response.status_code}: {response.text.strip()[:500]}")
     answer: dict[str, Any] = response.json()

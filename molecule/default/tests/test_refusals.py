@@ -30,6 +30,20 @@ def nothing_changes() -> Iterator[None]:
     assert state() == before
 
 
+@pytest.mark.parametrize("playbook", ["site", "deploy"])
+def test_check_mode_of_what_is_right_predicts_no_change(playbook: str) -> None:
+    played = fleet.play(playbook, "--check", "--diff")
+    assert played.status == 0, played.output
+    assert played.changed == 0, played.output
+
+
+def test_check_mode_of_a_new_setting_says_so_and_changes_nothing() -> None:
+    with nothing_changes():
+        played = fleet.play("deploy", "--check", "--diff", variables={"app_top_k": 2})
+    assert played.status == 0, played.output
+    assert played.changed > 0
+
+
 def test_wrong_settings_are_all_named_in_one_message() -> None:
     wrong = {"app_top_k": "many", "app_chunk_size": 9999, "app_collections": [], "app_answer": "guess"}
     with nothing_changes():
@@ -123,18 +137,21 @@ def test_a_run_that_was_killed_does_not_stand_in_the_way() -> None:
     assert HOSTS[0].shell.run("test -e /opt/ragrack/lock.json").rc != 0
 
 
-def test_a_damaged_artifact_is_named_by_its_file(tmp_path: Path) -> None:
-    """The damage is done on the host's side of the way: to what was shipped, while rsync is told not to look."""
+def test_a_damaged_artifact_is_named_by_its_file() -> None:
+    """A byte of what was shipped is turned, with size and time kept, so that rsync sees nothing to send."""
     [wheel] = HOSTS[0].run("ls /var/cache/ragrack/artifact/wheels/fastapi-*.whl").split()
     HOSTS[0].run(f"cp -p {wheel} /root/good.whl && printf x | dd of={wheel} bs=1 seek=100 conv=notrunc status=none")
     HOSTS[0].run(f"touch -r /root/good.whl {wheel}")
+    before = [(host.release, host.running()) for host in HOSTS]
+    releases = HOSTS[0].releases()
     try:
-        with nothing_changes():
-            played = fleet.play("deploy", variables={"app_top_k": 2})
+        played = fleet.play("deploy", variables={"app_top_k": 2})
     finally:
         HOSTS[0].run(f"mv /root/good.whl {wheel}")
     assert played.status != 0
     assert Path(wheel).name in played.output
+    assert [(host.release, host.running()) for host in HOSTS] == before
+    assert HOSTS[0].releases() == releases
 
 
 def test_a_host_that_is_down_stops_the_deploy_for_all() -> None:
@@ -148,17 +165,3 @@ def test_a_host_that_is_down_stops_the_deploy_for_all() -> None:
     assert played.status != 0
     assert f"{down.name}" in played.output
     assert (up.release, up.running()) == before
-
-
-@pytest.mark.parametrize("playbook", ["site", "deploy"])
-def test_check_mode_of_what_is_right_predicts_no_change(playbook: str) -> None:
-    played = fleet.play(playbook, "--check", "--diff")
-    assert played.status == 0, played.output
-    assert played.changed == 0, played.output
-
-
-def test_check_mode_of_a_new_setting_says_so_and_changes_nothing() -> None:
-    with nothing_changes():
-        played = fleet.play("deploy", "--check", "--diff", variables={"app_top_k": 2})
-    assert played.status == 0, played.output
-    assert played.changed > 0
