@@ -34,6 +34,10 @@ class Network:
         return "ragrack-{}-{}".format(*self._tail)
 
     @property
+    def mac(self) -> str:
+        return "02:52:52:{:02x}:{:02x}:01".format(*map(int, self._tail))
+
+    @property
     def table(self) -> str:
         return "ragrack_{}_{}".format(*self._tail)
 
@@ -82,7 +86,8 @@ def mtu() -> int:
 def up(network: Network, registry: Path) -> None:
     """Make the bridge, masquerading and forwarding; what is there already stays as it is."""
     if not Path(f"/sys/class/net/{network.bridge}").exists():
-        run("ip", "link", "add", network.bridge, "type", "bridge")
+        # An address of its own: else it has that of one of its ports, and loses it with that host.
+        run("ip", "link", "add", network.bridge, "address", network.mac, "type", "bridge")
     run("ip", "address", "replace", f"{network.gateway}/24", "dev", network.bridge)
     run("ip", "link", "set", network.bridge, "mtu", str(mtu()), "up")
     # The bridge's own flag and the uplink's suffice: the machine as a whole does not become a router.

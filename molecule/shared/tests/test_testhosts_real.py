@@ -90,7 +90,10 @@ def test_a_life_of_two_runs(owner: subprocess.Popen[bytes], states: tuple[Path, 
 
     on_right("echo kept > /root/kept && sync")
     boot = on_right("cat /proc/sys/kernel/random/boot_id /proc/1/stat")
+    bridge = Path(f"/sys/class/net/{two.network.bridge}/address")
+    gateway = bridge.read_text()
     hosts_py("kill", f"--state={states[1]}", "right")
+    assert bridge.read_text() == gateway, "the other hosts of a run would lose their gateway with a host"
     assert right.pid() is None
     assert not succeeds(*two.ssh, "-o", "ConnectTimeout=2", right.address, "true")
     assert left.pid() is not None
