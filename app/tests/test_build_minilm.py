@@ -112,7 +112,8 @@ def reference(bert: dict[str, Array], ids: list[int]) -> Array:
     """BERT in plain numpy: https://arxiv.org/abs/1810.04805, section 3, and the model card's mean pooling."""
 
     def dense(x: Array, name: str) -> Array:
-        return x @ bert[f"{name}.weight"].T + bert[f"{name}.bias"]
+        made: Array = x @ bert[f"{name}.weight"].T + bert[f"{name}.bias"]
+        return made
 
     def norm(x: Array, name: str) -> Array:
         centred = x - x.mean(-1, keepdims=True)

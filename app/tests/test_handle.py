@@ -69,7 +69,8 @@ def test_without_a_snapshot_it_says_so_and_waits_for_one(directory: SnapshotDir)
     first = publish(directory, 1)
     directory.flip(first.id, "ingest")
     assert handle.poll()
-    assert (handle.snapshot_id, handle.problem) == (first.id, None)
+    assert handle.snapshot_id == first.id
+    assert handle.problem is None
     assert not handle.poll()
     handle.close()
 

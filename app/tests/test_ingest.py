@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core.schema import MetadataMode
 from ragrack.fingerprint import Fingerprint
 from ragrack.ingest import IngestError, ingest, progress_to
 from ragrack.settings import Settings
@@ -94,7 +95,7 @@ def test_nodes_fit_the_model_and_are_named_by_document(settings: Settings, embed
     assert len(nodes) > 10
     assert [node.node_id for node in nodes] == [f"long.txt#{number}" for number in range(len(nodes))]
     assert all(node.ref_doc_id == "long.txt" for node in nodes)
-    assert max(len(embedding.tokens(node.get_content("embed"))) for node in nodes) <= settings.chunk_size
+    assert max(len(embedding.tokens(node.get_content(MetadataMode.EMBED))) for node in nodes) <= settings.chunk_size
 
 
 def test_the_same_documents_again_change_nothing(settings: Settings, embedded: list[str]) -> None:

@@ -21,7 +21,9 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-_raw: {description: Identity (owner, controller, machine, boot, pid, pid_started, run) or state of each term., type: list}
+_raw:
+  description: Identity (owner, controller, machine, boot, pid, pid_started, run), or the state of each term.
+  type: list
 """
 
 import getpass

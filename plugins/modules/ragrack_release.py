@@ -109,7 +109,9 @@ options:
       - Where not given, V(started) 60, V(gated) 120 for each collection, V(indexed) 3600, V(drained) 30.
     type: float
   how:
-    description: With O(state=gated) and O(state=live), whether this is a deploy or a rollback, which a language model that is down does not hold up.
+    description:
+      - With O(state=gated) and O(state=live), whether this is a deploy or a rollback. A language model that is down
+        does not hold up a rollback.
     type: str
     choices: [deploy, rollback]
     default: deploy

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from llama_index.core import Settings as LlamaSettings
+from llama_index.core.callbacks import CallbackManager
 from pytest import MonkeyPatch
 from ragrack.embedding import MiniLMEmbedding
 from ragrack.llama import GlobalFallbackError
@@ -173,7 +174,7 @@ async def test_no_request_writes_to_llamaindexs_globals(client: httpx.AsyncClien
     with pytest.raises(GlobalFallbackError):
         LlamaSettings.chunk_size = 1
         LlamaSettings.num_output = 1
-        LlamaSettings.callback_manager = None
+        LlamaSettings.callback_manager = CallbackManager()
 
 
 async def test_the_openapi_describes_errors_as_problems(client: httpx.AsyncClient) -> None:
