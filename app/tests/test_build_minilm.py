@@ -118,7 +118,8 @@ def reference(bert: dict[str, Array], ids: list[int]) -> Array:
     def norm(x: Array, name: str) -> Array:
         centred = x - x.mean(-1, keepdims=True)
         scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON)
-        return scaled * bert[f"{name}.weight"] + bert[f"{name}.bias"]
+        normed: Array = scaled * bert[f"{name}.weight"] + bert[f"{name}.bias"]
+        return normed
 
     def heads(x: Array) -> Array:
         return x.reshape(len(ids), HEADS, -1).transpose(1, 0, 2)

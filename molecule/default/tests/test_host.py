@@ -127,8 +127,12 @@ def test_a_killed_worker_costs_nothing(node: Host) -> None:
 
 
 def test_comes_back_after_gunicorn_was_killed(node: Host) -> None:
-    main = node.run(f"systemctl show -P MainPID ragrack@{node.release}")
+    unit = f"ragrack@{node.release}"
+    main = node.run(f"systemctl show -P MainPID {unit}")
     node.run(f"kill -9 {main}")
+    # The workers that are left may still answer, so it is the new process that is waited for.
+    another = f"systemctl show -P MainPID {unit} | grep -vxE '0|{main}'"
+    node.run(f'timeout 30 sh -c "until {another}; do sleep 0.1; done"')
     wait_until_it_answers(node)
     assert node.ask("What does VACUUM do?")["response"]
 

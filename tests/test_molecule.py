@@ -1,0 +1,49 @@
+"""Molecule's scenarios on hosts that are made for the run: one create, all scenarios, one destroy."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STATE = ROOT / ".state"
+# What a reader wants to see go by; the rest is in the log.
+NEWS = re.compile(r"Executed: |\d+ (passed|failed)|failed of \d+|CRITICAL|^\S*(FAILED|ERROR)")
+
+
+@pytest.mark.hosts
+def test_every_scenario(capsys: pytest.CaptureFixture[str]) -> None:
+    STATE.mkdir(exist_ok=True)
+    log = STATE / "molecule.log"
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_", "PYTEST_"))
+    }
+    environment = kept | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MOLECULE_EPHEMERAL_DIRECTORY": str(STATE / "molecule-scratch"),
+        "NO_COLOR": "1",
+        "COLUMNS": "160",
+    }
+    with (
+        log.open("w") as file,
+        capsys.disabled(),
+        subprocess.Popen(
+            ["molecule", "test", "--all"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as molecule,
+    ):
+        assert molecule.stdout
+        print()
+        for line in molecule.stdout:
+            file.write(line)
+            if NEWS.search(line):
+                print(line.rstrip(), flush=True)
+    tail = "".join(log.read_text().splitlines(keepends=True)[-300:])
+    assert molecule.returncode == 0, f"the whole output is in {log}\n{tail}"
