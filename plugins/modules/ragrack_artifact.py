@@ -331,7 +331,7 @@ def build(project: Path, out: Path, pythons: list[str], architecture: str) -> tu
 
 
 def prune(out: Path, keep: int, live: Path) -> None:
-    """Remove all but the newest artifacts, and wheels that no artifact holds any more."""
+    """Remove all but the newest artifacts, and the wheels that none of them holds."""
     kept = sorted(
         (p for p in (out / "artifacts").iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True
     )
@@ -340,6 +340,13 @@ def prune(out: Path, keep: int, live: Path) -> None:
     for pointer in (out / "inputs").iterdir():
         if not (out / "artifacts" / pointer.read_text().strip()).exists():
             pointer.unlink()
+    held = {wheel.name for wheel in (out / "artifacts").glob("*/wheels/*.whl")}
+    for wheel in (out / "wheels").glob("*.whl"):
+        if wheel.name not in held:
+            wheel.unlink()
+    for listing in (out / "wheels").glob(".*.json"):
+        if not all((out / "wheels" / name).exists() for name in json.loads(listing.read_text())):
+            listing.unlink()
 
 
 def ensure(project: Path, out: Path, pythons: list[str], architecture: str, keep: int) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""The artifact: the same bytes from the same project, and refusals in words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from modules import ragrack_artifact as artifact
+
+ROOT = Path(__file__).parents[2]
+POOL = ROOT / "build" / "wheels"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A checkout of its own, so that a test may change it."""
+    target = tmp_path / "checkout"
+    target.mkdir()
+    for name in ("pyproject.toml", "uv.lock", "README.md"):
+        shutil.copy2(ROOT / name, target / name)
+    ignore = shutil.ignore_patterns("__pycache__", "tests", ".*")
+    shutil.copytree(ROOT / "app", target / "app", ignore=ignore)
+    return target
+
+
+def out_dir(path: Path) -> Path:
+    """An empty build directory that need not download again what this machine has downloaded before."""
+    (path / "wheels").mkdir(parents=True)
+    for file in POOL.iterdir() if POOL.exists() else []:
+        if file.is_file():
+            os.link(file, path / "wheels" / file.name)
+    return path
+
+
+def tree(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_two_builds_of_one_project_are_the_same_bytes(project: Path, tmp_path: Path) -> None:
+    first = artifact.ensure(project, out_dir(tmp_path / "one"), ["3.11", "3.13"], "x86_64", keep=5)
+    for path in project.rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    second = artifact.ensure(project, out_dir(tmp_path / "two"), ["3.11", "3.13"], "x86_64", keep=5)
+    assert first["digest"] == second["digest"]
+    assert tree(Path(first["artifact_dir"])) == tree(Path(second["artifact_dir"]))
+    manifest = json.loads((Path(first["artifact_dir"]) / "manifest.json").read_text())
+    files = {name: file["sha256"] for name, file in manifest["files"].items()}
+    assert files == {k: v for k, v in tree(Path(first["artifact_dir"])).items() if k != "manifest.json"}
+    for python, tag in (("3.11", "cp311"), ("3.13", "cp313")):
+        assert any(f"-{tag}-" in name for name in files), f"no wheel for Python {python}"
+
+    again = artifact.ensure(project, tmp_path / "one", ["3.13", "3.11"][::-1], "x86_64", keep=5)
+    assert not again["changed"]
+    assert again["artifact_dir"] == first["artifact_dir"]
+
+    (project / "app/src/ragrack/__main__.py").write_text("# Another app.\n")
+    changed = artifact.ensure(project, tmp_path / "one", ["3.11", "3.13"], "x86_64", keep=1)
+    assert changed["changed"]
+    assert changed["digest"] != first["digest"]
+    assert not Path(first["artifact_dir"]).exists(), "keep=1 leaves the newest alone"
+
+
+def test_an_incomplete_checkout_is_named(project: Path, tmp_path: Path) -> None:
+    (project / "uv.lock").unlink()
+    with pytest.raises(artifact.BuildError, match=r"uv\.lock not found; mend: point project_dir at a whole checkout"):
+        artifact.ensure(project, tmp_path / "out", ["3.13"], "x86_64", keep=5)
+
+
+def test_a_package_without_a_wheel_is_refused_with_the_mend(tmp_path: Path) -> None:
+    source_only = "docopt==0.6.2 --hash=sha256:49b3a825280bd66b3aa83585ef59c4a8c82f2c8a522dbe754a8bc8d08c85c491\n"
+    with pytest.raises(artifact.BuildError) as refusal:
+        artifact.download(source_only, "3.13", "x86_64", tmp_path)
+    said = str(refusal.value)
+    assert "A wheel for Python 3.13 on x86_64 is missing" in said
+    assert "docopt" in said
+    assert "Mend: " in said
+
+
+def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path) -> None:
+    wrong = f"six==1.17.0 --hash=sha256:{'0' * 64}\n"
+    with pytest.raises(artifact.BuildError, match="HASHES"):
+        artifact.download(wrong, "3.13", "x86_64", tmp_path)
+
+
+@pytest.mark.parametrize(("python", "numpy"), [("3.11", "2.4."), ("3.13", "2.5.")])
+def test_requirements_are_those_of_the_host_not_of_the_control_node(python: str, numpy: str) -> None:
+    listed = artifact.requirements(ROOT, python, "aarch64")
+    assert f"numpy=={numpy}" in listed
+    assert "--hash=sha256:" in listed
+    assert "ragrack" not in listed
