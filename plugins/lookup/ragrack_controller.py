@@ -93,6 +93,6 @@ def state(holder: dict[str, Any]) -> str:
     return "alive" if started(int(holder["pid"])) == str(holder.get("pid_started")) else "dead"
 
 
-class LookupModule(LookupBase):  # type: ignore[misc]
+class LookupModule(LookupBase):
     def run(self, terms: list[Any], variables: Any = None, **kwargs: Any) -> list[Any]:
         return [state(term) for term in terms] if terms else [identity()]

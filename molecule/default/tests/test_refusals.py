@@ -140,14 +140,14 @@ def test_a_run_that_was_killed_does_not_stand_in_the_way() -> None:
 def test_a_damaged_artifact_is_named_by_its_file() -> None:
     """A byte of what was shipped is turned, with size and time kept, so that rsync sees nothing to send."""
     [wheel] = HOSTS[0].run("ls /var/cache/ragrack/artifact/wheels/fastapi-*.whl").split()
-    HOSTS[0].run(f"cp -p {wheel} /root/good.whl && printf x | dd of={wheel} bs=1 seek=100 conv=notrunc status=none")
-    HOSTS[0].run(f"touch -r /root/good.whl {wheel}")
+    HOSTS[0].run(f"cp -p {wheel} /var/tmp/good.whl && printf x | dd of={wheel} bs=1 seek=100 conv=notrunc status=none")
+    HOSTS[0].run(f"touch -r /var/tmp/good.whl {wheel}")
     before = [(host.release, host.running()) for host in HOSTS]
     releases = HOSTS[0].releases()
     try:
         played = fleet.play("deploy", variables={"app_top_k": 2})
     finally:
-        HOSTS[0].run(f"mv /root/good.whl {wheel}")
+        HOSTS[0].run(f"mv /var/tmp/good.whl {wheel}")
     assert played.status != 0
     assert Path(wheel).name in played.output
     assert [(host.release, host.running()) for host in HOSTS] == before
