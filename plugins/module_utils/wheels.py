@@ -26,7 +26,9 @@ def sha256(path: Path) -> str:
 
 def run(command: list[str], cwd: Path | None = None, **env: str) -> str:
     """Standard output of a command. Raises WheelError with its last lines where it fails."""
-    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False)
+    # A site's own certificate authority is in the system's store.
+    environment = {**os.environ, "UV_SYSTEM_CERTS": "true", **env}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-15:])
         raise WheelError(f"`{' '.join(command[:6])} ...` failed with exit status {done.returncode}:\n{tail}")
