@@ -352,6 +352,7 @@ WORDS = [
     "The standby replays the log",
     "The log of a primary is archived",
     "The autovacuum of a table",
+    *("The table of a" for _ in range(8)),
 ]
 
 
@@ -366,7 +367,7 @@ def texts(tmp_path: Path) -> Iterator[SnapshotVectorStore]:
 
 
 def ask(
-    store: SnapshotVectorStore, text: str, mode: str, vector: int = 4, k: int = 8, **more: Any
+    store: SnapshotVectorStore, text: str, mode: str, vector: int = 4, k: int = 16, **more: Any
 ) -> dict[str, float]:
     cutoff = more.pop("similarity_cutoff", None)
     query = VectorStoreQuery(
@@ -382,13 +383,22 @@ def test_a_text_query_finds_words_in_any_of_their_forms(texts: SnapshotVectorSto
     assert list(ask(texts, "checkpoint_timeout", "text_search")) == ["n2"]
 
 
-def test_a_word_in_more_than_a_quarter_of_the_nodes_is_not_looked_for(texts: SnapshotVectorStore) -> None:
+def test_only_the_rarest_words_are_looked_for_when_all_would_cost_too_much(
+    texts: SnapshotVectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(ask(texts, "archived dead log", "text_search")) == {"n0", "n5", "n6"}
+    monkeypatch.setattr("ragrack.store.MATCHES", 2)
+    assert set(ask(texts, "archived dead log", "text_search")) == {"n0", "n6"}
+
+
+def test_a_word_in_more_than_an_eighth_of_the_nodes_is_not_looked_for(texts: SnapshotVectorStore) -> None:
     assert ask(texts, "the table of a", "text_search") == {}
     assert list(ask(texts, "the dead table", "text_search")) == ["n0"]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\0", '"', "dead OR", "NEAR(a b)", "text:dead", "-dead *", "dead'; DROP TABLE node --", "💡", "x " * 9999]
+    "text",
+    ["", "\0", '"', "dead OR", "NEAR(a b)", "text:dead", "-dead *", "dead'; DROP TABLE node --", "💡", "x " * 9999],
 )
 def test_a_text_is_words_and_never_a_query_language(texts: SnapshotVectorStore, text: str) -> None:
     assert set(ask(texts, text, "text_search")) <= {"n0"}
@@ -421,7 +431,7 @@ def test_the_cut_off_is_of_the_cosine_in_either_mode(graph: SnapshotVectorStore)
 def test_a_filter_holds_for_both_halves(texts: SnapshotVectorStore) -> None:
     chosen = filters(("half", "==", 1))
     assert list(ask(texts, "dead archived log", "text_search", filters=chosen)) == ["n5"]
-    assert set(ask(texts, "dead archived log", "hybrid", filters=chosen)) == {"n1", "n3", "n5", "n7"}
+    assert set(ask(texts, "dead archived log", "hybrid", filters=chosen)) == {f"n{i}" for i in range(1, 16, 2)}
     assert ask(texts, "dead", "hybrid", filters=filters(("half", "==", 2))) == {}
 
 

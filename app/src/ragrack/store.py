@@ -59,14 +59,12 @@ RRF_K = 60
 """Of reciprocal rank fusion, as in Cormack, Clarke and Büttcher, SIGIR 2009."""
 CANDIDATES = 20
 """Nodes that each half of a hybrid query puts forward, at least."""
-WORDS_ASKED = 32
-"""Of a question, the rarest."""
 WORDS_READ = 128
 """Of a question, the first: what is past them decides nothing."""
-FREQUENT_SHARE = 4
-"""A word in more than one of so many nodes says nothing about any."""
-WORD_MATCHES = 5_000
-"""Nodes: a word in more of them is not looked for. The 32 rarest are matched together, so a query's cost is bounded."""
+FREQUENT_SHARE = 8
+"""A word in more than one of so many nodes is not looked for: it says little about any, and fusion counts ranks."""
+MATCHES = 2_000
+"""Nodes that the words looked for may match, each counted alone: what a question costs at most, a microsecond each."""
 WORDS_KEPT = 4096
 
 SCHEMA = """
@@ -263,9 +261,13 @@ class SnapshotVectorStore(BasePydanticVectorStore):
     def _match(self, text: str, k: int, mask: Mask | None) -> list[tuple[int, float]]:
         """The nodes that hold any of the text's words, best first, by BM25."""
         words = list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))[:WORDS_READ]
-        frequent = min(max(len(self) // FREQUENT_SHARE, 1), WORD_MATCHES)
-        rarity = {word: count for word in words if 0 < (count := self._matches(word)) <= frequent}
-        asked = sorted(rarity, key=lambda word: rarity[word])[:WORDS_ASKED]
+        counts = {word: self._matches(word) for word in words}
+        frequent, budget, asked = max(len(self) // FREQUENT_SHARE, 1), MATCHES, []
+        for word in sorted((word for word in words if counts[word]), key=lambda word: counts[word]):
+            budget -= counts[word]
+            if counts[word] > frequent or budget < 0:
+                break
+            asked.append(word)
         if not asked:
             return []
         ranked = self._execute(
@@ -282,7 +284,7 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         (count,) = self._execute(
             "SELECT count(*) FROM (SELECT 1 FROM node_text WHERE node_text MATCH ? LIMIT ?)",
             f'"{word}"',
-            WORD_MATCHES + 1,
+            MATCHES + 1,
         ).fetchone()
         return int(count)
 
