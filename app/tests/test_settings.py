@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from ragrack import cli
 from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
 

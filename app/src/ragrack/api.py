@@ -11,12 +11,12 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from ragrack import problems
-from ragrack.auth import Authenticator, Identity
+from ragrack.access import Caller, Reader
+from ragrack.auth import Authenticator
 from ragrack.context import RequestContext
 from ragrack.health import Readiness, ReadinessReport
 from ragrack.logging import request_id
@@ -77,10 +77,6 @@ class HealthResponse(BaseModel):
     release: str
 
 
-_bearer = HTTPBearer(auto_error=False, description="An API key.")
-_header = APIKeyHeader(name="X-API-Key", auto_error=False)
-
-
 async def _service(request: Request) -> QueryService:
     service: QueryService = request.app.state.service
     return service
@@ -91,24 +87,8 @@ async def _settings(request: Request) -> Settings:
     return settings
 
 
-async def _identity(
-    request: Request,
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    header: Annotated[str | None, Depends(_header)],
-) -> Identity:
-    authenticator: Authenticator = request.app.state.authenticator
-    key = bearer.credentials if bearer else header
-    identity = authenticator.identify(key) if key else None
-    if identity is None:
-        detail = "Give a valid API key: `Authorization: Bearer <key>`, or `X-API-Key: <key>`."
-        raise ProblemError(HTTPStatus.UNAUTHORIZED, detail, headers={"WWW-Authenticate": "Bearer"})
-    request.state.identity = identity.name
-    return identity
-
-
 Service = Annotated[QueryService, Depends(_service)]
 Configured = Annotated[Settings, Depends(_settings)]
-Caller = Annotated[Identity, Depends(_identity)]
 
 
 class _App(FastAPI):
@@ -157,12 +137,13 @@ def _routes(app: FastAPI) -> None:
         "/query",
         responses=problems.responses(
             status.UNAUTHORIZED,
+            status.FORBIDDEN,
             status.REQUEST_ENTITY_TOO_LARGE,
             status.UNPROCESSABLE_ENTITY,
             status.SERVICE_UNAVAILABLE,
         ),
     )
-    async def query(_: Caller, body: QueryRequest, service: Service, settings: Configured) -> QueryResponse:
+    async def query(_: Reader, body: QueryRequest, service: Service, settings: Configured) -> QueryResponse:
         """Answers a question from a collection."""
         collection = body.collection or settings.default_collection
         if collection not in settings.collections:

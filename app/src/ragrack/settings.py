@@ -20,7 +20,10 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 PREFIX = "RAGRACK_"
 # By systemd's LoadCredentialEncrypted; a secret never has a variable, as /proc/<pid>/environ shows those.
-SECRETS = {"llm_api_key": "credentials_llm_api_key"}
+SECRETS = {
+    "llm_api_key": "credentials_llm_api_key",
+    "llm_fallback_api_key": "credentials_llm_fallback_api_key",
+}
 SPECIAL_TOKENS = 2
 MODEL_MAX_TOKENS = {"minilm": 256}
 
@@ -51,6 +54,11 @@ class Settings(BaseSettings):
         Path("/var/lib/ragrack/documents"),
         description="Where documents to ingest live, a directory per collection.",
         examples=["/var/lib/ragrack/documents"],
+    )
+    ingests: bool = Field(
+        False,
+        description="Whether this host ingests, so that documents may be written here. It is the host's own.",
+        examples=["true"],
     )
     golden_dir: Path = Field(
         Path("/etc/ragrack/golden"),
@@ -122,6 +130,21 @@ class Settings(BaseSettings):
         description="Seconds that the LLM has for an answer before the sentences are given instead.",
         examples=["30"],
     )
+    llm_fallback_provider: Literal["openai_like"] = Field(
+        "openai_like", description="Which interface the second LLM has.", examples=["openai_like"]
+    )
+    llm_fallback_base_url: AnyHttpUrl | None = Field(
+        None,
+        description="Base URL of a second LLM, asked where the first fails.",
+        examples=["http://127.0.0.1:8082/v1"],
+    )
+    llm_fallback_model: str | None = Field(
+        None, min_length=1, description="Name of the model at the second LLM.", examples=["smollm2-135m-instruct"]
+    )
+    llm_fallback_api_key: SecretStr | None = Field(
+        None,
+        description="Key of the second LLM: the systemd credential `credentials_llm_fallback_api_key`.",
+    )
     context_window: int = Field(
         2048, ge=256, le=10_000_000, description="Tokens that the LLM reads and writes in all.", examples=["2048"]
     )
@@ -133,6 +156,11 @@ class Settings(BaseSettings):
         Path("/etc/ragrack/api-keys.json"),
         description="Hashes of the API keys; re-read when it changes.",
         examples=["/etc/ragrack/api-keys.json"],
+    )
+    tenants: Literal["off", "by_folder"] = Field(
+        "off",
+        description="`by_folder` keeps tenants apart: a document in <collection>/<tenant>/ is that tenant's alone.",
+        examples=["by_folder"],
     )
     release: str = Field(
         "dev",
@@ -301,6 +329,7 @@ def _values(field: FieldInfo) -> str:
         return "names, separated by commas"
     kind: Any = next((part for part in get_args(annotation) if part is not type(None)), annotation)
     words = {
+        bool: "`true` or `false`",
         int: "an integer",
         float: "a number",
         Path: "an absolute path",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ragrack.auth import (
+    THE_GATE,
     ApiKey,
     Authenticator,
     Identity,
@@ -90,10 +91,10 @@ def test_the_gates_key_works_without_a_keys_file_and_is_private(authenticator: A
     write_gate_key(path)
     first = path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert authenticator.identify(first) == Identity("gate")
+    assert authenticator.identify(first) == THE_GATE
     write_gate_key(path)
     assert authenticator.identify(first) is None
-    assert authenticator.identify(path.read_text()) == Identity("gate")
+    assert authenticator.identify(path.read_text()) == THE_GATE
     assert list(tmp_path.iterdir()) == [path]
 
 
