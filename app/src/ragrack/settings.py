@@ -152,6 +152,56 @@ class Settings(BaseSettings):
         128, ge=1, le=1_000_000, description="Tokens that the LLM may write in an answer.", examples=["128"]
     )
 
+    llm_in_flight: int = Field(
+        8, ge=1, le=10_000, description="Calls of an LLM at a time, for each worker.", examples=["8"]
+    )
+    llm_queue: int = Field(
+        16, ge=0, le=10_000, description="Calls of an LLM that wait, for each worker; more fail.", examples=["16"]
+    )
+    llm_retries: int = Field(
+        2, ge=0, le=10, description="How often a call is tried again that failed before its first token.", examples=["2"]
+    )
+    llm_breaker_failures: int = Field(
+        5, ge=1, le=1000, description="Failures in a row after which a worker leaves an LLM alone.", examples=["5"]
+    )
+    llm_breaker_seconds: float = Field(
+        10, gt=0, le=3600, description="For how many seconds; then one call tries whether it is back.", examples=["10"]
+    )
+    degrade: bool = Field(
+        True,
+        description="Whether `/query` gives the sentences where the LLM fails, marked as degraded; else it answers 503.",
+        examples=["true"],
+    )
+
+    request_timeout: float = Field(
+        120,
+        gt=0,
+        le=3600,
+        description="Seconds that a request has; its client may ask for fewer by `X-Request-Timeout`.",
+        examples=["120"],
+    )
+    max_in_flight: int = Field(
+        64, ge=1, le=10_000, description="Requests answered at a time, by each worker.", examples=["64"]
+    )
+    max_queue: int = Field(
+        128, ge=0, le=10_000, description="Requests that wait, for each worker; more are answered 503.", examples=["128"]
+    )
+    otlp_endpoint: AnyHttpUrl | None = Field(
+        None,
+        description="Base URL of an OpenTelemetry collector (OTLP over HTTP) that traces go to; none sends none.",
+        examples=["http://127.0.0.1:4318"],
+    )
+    otlp_sample_ratio: float = Field(
+        1,
+        ge=0,
+        le=1,
+        description="Share of the traces begun here that is sent; a caller's trace is sent if it says so.",
+        examples=["0.1"],
+    )
+    log_content: bool = Field(
+        False, description="Whether questions, prompts and answers are written to the log.", examples=["false"]
+    )
+
     api_keys_file: Path = Field(
         Path("/etc/ragrack/api-keys.json"),
         description="Hashes of the API keys; re-read when it changes.",
@@ -439,6 +489,17 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
                         f"set it, e.g. {variable(name)}={example[0]}, or set {variable('answer')}=extractive",
                     ),
                 )
+    calls = settings.llm_in_flight + settings.llm_queue
+    if url is not None and calls >= settings.max_in_flight:
+        yield (
+            ("max_in_flight", "llm_in_flight", "llm_queue"),
+            Problem(
+                variable("max_in_flight"),
+                f"{settings.max_in_flight} is not more than llm_in_flight + llm_queue = {calls}: a slow LLM would take "
+                "every place, and retrieval with it",
+                f"give at least {calls + 1}, or lower {variable('llm_queue')}",
+            ),
+        )
     needed = settings.num_output + settings.top_k * settings.chunk_size
     if url is not None and settings.context_window < needed:
         yield (
