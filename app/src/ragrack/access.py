@@ -16,8 +16,12 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from ragrack.auth import Authenticator, Identity, Role
 from ragrack.problems import ProblemError
 from ragrack.settings import Settings
+from ragrack.tokens import ProviderError, TokenError, TokenVerifier
 
-_bearer = HTTPBearer(auto_error=False, description="An API key.")
+REFUSALS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.SERVICE_UNAVAILABLE)
+"""What every route with a caller may answer, for its OpenAPI."""
+
+_bearer = HTTPBearer(auto_error=False, description="An API key, or a JWT of the site's OIDC provider.")
 _header = APIKeyHeader(name="X-API-Key", auto_error=False)
 
 
@@ -30,11 +34,26 @@ async def _caller(
     settings: Settings = request.app.state.settings
     key = bearer.credentials if bearer else header
     identity = authenticator.identify(key) if key else None
+    if identity is None and bearer is not None:
+        identity = await _by_token(request.app.state.tokens, bearer.credentials)
     if identity is None:
         detail = "Give a valid API key: `Authorization: Bearer <key>`, or `X-API-Key: <key>`."
         raise ProblemError(HTTPStatus.UNAUTHORIZED, detail, headers={"WWW-Authenticate": "Bearer"})
-    request.state.identity = identity.name
+    request.state.identity, request.state.tenant = identity.name, identity.tenant
     return _placed(identity, settings)
+
+
+async def _by_token(tokens: TokenVerifier | None, token: str) -> Identity | None:
+    if tokens is None or token.count(".") != 2:
+        return None
+    try:
+        return await tokens.identify(token)
+    except TokenError as error:
+        challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+        raise ProblemError(HTTPStatus.UNAUTHORIZED, f"The token is not taken: {error}.", headers=challenge) from error
+    except ProviderError as error:
+        detail = "Tokens cannot be judged now, as their issuer's keys are not here; GET /readyz says why."
+        raise ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "10"}) from error
 
 
 def _placed(identity: Identity, settings: Settings) -> Identity:

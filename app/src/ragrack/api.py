@@ -14,8 +14,8 @@ from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
-from ragrack import problems
-from ragrack.access import Caller, Reader
+from ragrack import problems, tokens
+from ragrack.access import REFUSALS, Caller, Reader
 from ragrack.auth import Authenticator
 from ragrack.context import RequestContext
 from ragrack.health import Readiness, ReadinessReport
@@ -104,9 +104,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(settings) as service:
+        async with tokens.running(settings) as verifier, running(settings) as service:
             app.state.service = service
-            app.state.readiness = Readiness(settings.release, service.checks())
+            app.state.tokens = verifier
+            app.state.readiness = Readiness(
+                settings.release, [*service.checks(), *(verifier.checks() if verifier else ())]
+            )
             report = await app.state.readiness.report()
             log.info("started %s", "ready" if report.ready else "unready")
             yield
@@ -136,8 +139,7 @@ def _routes(app: FastAPI) -> None:
     @app.post(
         "/query",
         responses=problems.responses(
-            status.UNAUTHORIZED,
-            status.FORBIDDEN,
+            *REFUSALS,
             status.REQUEST_ENTITY_TOO_LARGE,
             status.UNPROCESSABLE_ENTITY,
             status.SERVICE_UNAVAILABLE,
@@ -190,7 +192,7 @@ def _routes(app: FastAPI) -> None:
             response.status_code = status.SERVICE_UNAVAILABLE
         return report
 
-    @app.get("/version", responses=problems.responses(status.UNAUTHORIZED))
+    @app.get("/version", responses=problems.responses(*REFUSALS))
     async def version(_: Caller, service: Service, settings: Configured) -> VersionResponse:
         """Which release answers, from which snapshots."""
         return VersionResponse(

@@ -18,18 +18,25 @@ from pydantic import AnyHttpUrl, BeforeValidator, Field, SecretStr, StringConstr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from ragrack.auth import Role
+
 PREFIX = "RAGRACK_"
 # By systemd's LoadCredentialEncrypted; a secret never has a variable, as /proc/<pid>/environ shows those.
 SECRETS = {
     "llm_api_key": "credentials_llm_api_key",
     "llm_fallback_api_key": "credentials_llm_fallback_api_key",
 }
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SPECIAL_TOKENS = 2
 MODEL_MAX_TOKENS = {"minilm": 256}
 
 
 def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _pairs(value: Any) -> Any:
+    return [part.partition("=")[::2] for part in _split(value)] if isinstance(value, str) else value
 
 
 CollectionName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)]
@@ -159,7 +166,11 @@ class Settings(BaseSettings):
         16, ge=0, le=10_000, description="Calls of an LLM that wait, for each worker; more fail.", examples=["16"]
     )
     llm_retries: int = Field(
-        2, ge=0, le=10, description="How often a call is tried again that failed before its first token.", examples=["2"]
+        2,
+        ge=0,
+        le=10,
+        description="How often a call is tried again that failed before its first token.",
+        examples=["2"],
     )
     llm_breaker_failures: int = Field(
         5, ge=1, le=1000, description="Failures in a row after which a worker leaves an LLM alone.", examples=["5"]
@@ -169,7 +180,7 @@ class Settings(BaseSettings):
     )
     degrade: bool = Field(
         True,
-        description="Whether `/query` gives the sentences where the LLM fails, marked as degraded; else it answers 503.",
+        description="Whether `/query` gives sentences where the LLM fails, marked as degraded; else it answers 503.",
         examples=["true"],
     )
 
@@ -184,7 +195,11 @@ class Settings(BaseSettings):
         64, ge=1, le=10_000, description="Requests answered at a time, by each worker.", examples=["64"]
     )
     max_queue: int = Field(
-        128, ge=0, le=10_000, description="Requests that wait, for each worker; more are answered 503.", examples=["128"]
+        128,
+        ge=0,
+        le=10_000,
+        description="Requests that wait, for each worker; more are answered 503.",
+        examples=["128"],
     )
     otlp_endpoint: AnyHttpUrl | None = Field(
         None,
@@ -211,6 +226,43 @@ class Settings(BaseSettings):
         "off",
         description="`by_folder` keeps tenants apart: a document in <collection>/<tenant>/ is that tenant's alone.",
         examples=["by_folder"],
+    )
+    jwt_issuer: str | None = Field(
+        None,
+        min_length=1,
+        description="Issuer (iss) of the tokens that are taken beside API keys; none means keys alone.",
+        examples=["https://login.example.org/realms/staff"],
+    )
+    jwt_audience: str | None = Field(
+        None, min_length=1, description="Audience (aud) that a token must name.", examples=["ragrack"]
+    )
+    jwt_jwks_url: AnyHttpUrl | None = Field(
+        None,
+        description="Where the issuer's public keys are; fetched again and again, the last good ones kept.",
+        examples=["https://login.example.org/realms/staff/protocol/openid-connect/certs"],
+    )
+    jwt_algorithms: Annotated[tuple[Literal["RS256", "ES256"], ...], NoDecode, BeforeValidator(_split)] = Field(
+        ("RS256", "ES256"), min_length=1, description="What a token may be signed with.", examples=["RS256"]
+    )
+    jwt_leeway: int = Field(
+        30, ge=0, le=300, description="Seconds that the issuer's clock and this one may differ.", examples=["30"]
+    )
+    jwt_tenant_claim: str = Field(
+        "tenant",
+        min_length=1,
+        description="Claim that names the tenant; read where tenants are kept apart. `a.b` is b within a.",
+        examples=["tenant"],
+    )
+    jwt_roles_claim: str = Field(
+        "roles",
+        min_length=1,
+        description="Claim that lists roles, as a list or separated by blanks.",
+        examples=["realm_access.roles"],
+    )
+    jwt_roles: Annotated[tuple[tuple[str, Role], ...], NoDecode, BeforeValidator(_pairs)] = Field(
+        (("reader", "reader"), ("ingester", "ingester"), ("operator", "operator")),
+        description="What a value of that claim means here.",
+        examples=["staff=reader,editors=ingester,platform=operator"],
     )
     release: str = Field(
         "dev",
@@ -368,6 +420,8 @@ def table() -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = ",".join(item if isinstance(item, str) else "=".join(item) for item in value)
     return "none" if value is None else f"`{value}`"
 
 
@@ -376,6 +430,11 @@ def _values(field: FieldInfo) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
+        item = get_args(annotation)[0]
+        if get_origin(item) is Literal:
+            return f"{', '.join(f'`{choice}`' for choice in get_args(item))}, separated by commas"
+        if get_origin(item) is tuple:
+            return f"value=role, separated by commas; a role is one of {', '.join(get_args(get_args(item)[1]))}"
         return "names, separated by commas"
     kind: Any = next((part for part in get_args(annotation) if part is not type(None)), annotation)
     words = {
@@ -477,6 +536,7 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
                 f"take it out and give the key as the systemd credential {SECRETS['llm_api_key']}",
             ),
         )
+    yield from _jwt(settings)
     if settings.answer == "generate":
         for name in ("llm_base_url", "llm_model"):
             if getattr(settings, name) is None:
@@ -509,6 +569,32 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
                 f"{settings.context_window} is less than num_output + top_k x chunk_size = {settings.num_output} + "
                 f"{settings.top_k} x {settings.chunk_size} = {needed}",
                 f"give at least {needed} if the LLM has that, or lower {variable('top_k')} or {variable('num_output')}",
+            ),
+        )
+
+
+def _jwt(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    together = ("jwt_issuer", "jwt_audience", "jwt_jwks_url")
+    given = [name for name in together if getattr(settings, name) is not None]
+    for name in together if given else ():
+        if name not in given:
+            example = (Settings.model_fields[name].examples or [""])[0]
+            yield (
+                together,
+                Problem(
+                    variable(name),
+                    f"is not set, but {variable(given[0])} is, and a token is judged by all three",
+                    f"set it, e.g. {variable(name)}={example}",
+                ),
+            )
+    url = settings.jwt_jwks_url
+    if url is not None and url.scheme != "https" and url.host not in LOOPBACK:
+        yield (
+            ("jwt_jwks_url",),
+            Problem(
+                variable("jwt_jwks_url"),
+                f"'{url}' is not https: whoever is on the way could put keys of their own into it",
+                "give the https URL, which the issuer's /.well-known/openid-configuration names as jwks_uri",
             ),
         )
 
