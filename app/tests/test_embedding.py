@@ -105,6 +105,7 @@ async def test_the_texts_asked_for_last_are_kept_and_their_vectors_are_the_same(
         first = await model.aget_text_embedding_batch(texts)
         assert len(model._kept._vectors) == 2
         assert await model.aget_text_embedding_batch(texts) == first == await fresh.aget_text_embedding_batch(texts)
+        assert model.get_text_embedding_batch(texts) == first
         assert not fresh._kept._vectors
         assert await model.aget_query_embedding("three") == first[2]
     finally:
