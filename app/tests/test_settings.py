@@ -173,6 +173,58 @@ def test_keys_new_shows_the_key_once_and_keeps_its_hash(tmp_path: Path, capsys: 
     assert "--expires" in refused
 
 
+def test_keys_are_listed_without_their_hashes_and_revoked_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "keys.json")
+    new = ["keys", "new", "--file", path, "--name"]
+    assert cli.main([*new, "acme-app", "--tenant", "acme", "--role", "reader", "--role", "ingester"]) == 0
+    assert cli.main([*new, "old", "--expires", "2020-01-01"]) == 0
+    assert cli.main([*new, "x", "--role", "root"]) == 1
+    assert "--role" in capsys.readouterr().err
+    assert cli.main(["keys", "revoke", "acme-app", "--file", path]) == 0
+    assert "inventory" in capsys.readouterr().err
+    assert cli.main(["keys", "list", "--file", path]) == 0
+    shown = capsys.readouterr().out
+    assert "acme-app of acme: reader, ingester; revoked since" in shown
+    assert "old: reader; expired since 2020-01-01" in shown
+    assert cli.main(["keys", "list", "--file", path, "--json"]) == 0
+    listed = {key["name"]: key for key in json.loads(capsys.readouterr().out)}
+    assert listed["acme-app"]["state"] == "revoked"
+    assert "sha256" not in listed["old"]
+    assert cli.main(["keys", "revoke", "nobody", "--file", path]) == 1
+    assert "acme-app, old" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "variables"),
+    [
+        ({"jwt_issuer": "https://login.example.org"}, ["JWT_AUDIENCE", "JWT_JWKS_URL"]),
+        ({"jwt_jwks_url": "https://login.example.org/jwks"}, ["JWT_ISSUER", "JWT_AUDIENCE"]),
+        ({"jwt_algorithms": "RS256,HS256"}, ["JWT_ALGORITHMS"]),
+        ({"jwt_algorithms": "none"}, ["JWT_ALGORITHMS"]),
+        ({"jwt_roles": "staff=root"}, ["JWT_ROLES"]),
+        ({"jwt_roles": "staff"}, ["JWT_ROLES"]),
+        ({"tenants": "by_name"}, ["TENANTS"]),
+    ],
+)
+def test_what_tokens_and_tenants_need(values: dict[str, str], variables: list[str]) -> None:
+    assert sorted(problems(**values)) == sorted(f"RAGRACK_{name}" for name in variables)
+
+
+def test_keys_that_anyone_on_the_way_could_change_are_refused() -> None:
+    whole = {"jwt_issuer": "https://l.example.org", "jwt_audience": "ragrack"}
+    assert problems(**whole, jwt_jwks_url="https://l.example.org/jwks") == {}
+    assert problems(**whole, jwt_jwks_url="http://127.0.0.1:8080/jwks") == {}
+    found = problems(**whole, jwt_jwks_url="http://l.example.org/jwks")
+    assert "not https" in found["RAGRACK_JWT_JWKS_URL"].problem
+
+
+def test_roles_of_the_sites_own_are_mapped() -> None:
+    settings = load(GOOD | {"RAGRACK_JWT_ROLES": "staff=reader, platform=operator"}, on_host=False)
+    assert settings.jwt_roles == (("staff", "reader"), ("platform", "operator"))
+
+
 def test_the_documented_table_is_that_of_the_model() -> None:
     documented = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
     assert table() in documented, "write docs/settings.md anew: its table is what `ragrack settings-table` prints"
