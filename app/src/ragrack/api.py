@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import importlib.resources
@@ -14,14 +15,15 @@ from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
-from ragrack import problems, tokens
+from ragrack import metrics, problems, tokens
 from ragrack.access import REFUSALS, Caller, Reader
+from ragrack.admission import Admission
 from ragrack.auth import Authenticator
 from ragrack.context import RequestContext
 from ragrack.health import Readiness, ReadinessReport
 from ragrack.logging import request_id
 from ragrack.problems import ProblemError
-from ragrack.service import AnswerMode, NoLLMError, NotReadyError, QueryService, running
+from ragrack.service import AnswerMode, LLMUnavailableError, NoLLMError, NotReadyError, QueryService, running
 from ragrack.settings import Settings, load
 
 log = logging.getLogger(__name__)
@@ -126,6 +128,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.authenticator = Authenticator(settings.api_keys_file, settings.gate_key_file)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
+    app.add_middleware(
+        Admission, in_flight=settings.max_in_flight, queue=settings.max_queue, timeout=settings.request_timeout
+    )
     app.add_middleware(RequestContext, max_body_bytes=MAX_BODY_BYTES)
     problems.install(app)
     _routes(app)
@@ -139,10 +144,12 @@ def _routes(app: FastAPI) -> None:
     @app.post(
         "/query",
         responses=problems.responses(
+            status.BAD_REQUEST,
             *REFUSALS,
             status.REQUEST_ENTITY_TOO_LARGE,
             status.UNPROCESSABLE_ENTITY,
             status.SERVICE_UNAVAILABLE,
+            status.GATEWAY_TIMEOUT,
         ),
     )
     async def query(_: Reader, body: QueryRequest, service: Service, settings: Configured) -> QueryResponse:
@@ -157,6 +164,10 @@ def _routes(app: FastAPI) -> None:
             )
         except NoLLMError as error:
             raise _invalid("answer", 'This service has no LLM; leave it out or give "extractive".') from error
+        except LLMUnavailableError as error:
+            detail = "The LLM does not answer now."
+            headers = {"Retry-After": str(error.retry_after)}
+            raise ProblemError(status.SERVICE_UNAVAILABLE, detail, headers=headers) from error
         except NotReadyError as error:
             detail = f"The collection {collection} cannot be asked now; GET /readyz says why."
             raise ProblemError(status.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "2"}) from error
@@ -191,6 +202,12 @@ def _routes(app: FastAPI) -> None:
         if not report.ready:
             response.status_code = status.SERVICE_UNAVAILABLE
         return report
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {metrics.CONTENT_TYPE: {}}}})
+    async def metrics_page() -> Response:
+        """For Prometheus, of all workers. No key: only who may read the release's socket reaches it, and the edge
+        refuses it."""
+        return Response(await asyncio.to_thread(metrics.render), media_type=metrics.CONTENT_TYPE)
 
     @app.get("/version", responses=problems.responses(*REFUSALS))
     async def version(_: Caller, service: Service, settings: Configured) -> VersionResponse:

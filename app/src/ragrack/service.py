@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 import httpx
@@ -25,15 +26,21 @@ from llama_index.core.response_synthesizers import ResponseMode, get_response_sy
 from llama_index.core.response_synthesizers.context_only import ContextOnly
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
+from pydantic import AnyHttpUrl, SecretStr
 
+from ragrack import logging as logging_context
+from ragrack import metrics, tracing
 from ragrack.embedding import MiniLMEmbedding
+from ragrack.fallback import FallbackLLM
 from ragrack.fingerprint import Fingerprint, ModelError
 from ragrack.handle import IndexHandle, IndexUnavailableError
 from ragrack.health import Check
+from ragrack.instrument import instrumented
 from ragrack.llama import GlobalFallbackError, globals_sealed
 from ragrack.sentences import split_sentences
 from ragrack.settings import Settings
 from ragrack.snapshot import SnapshotDir
+from ragrack.upstream import Policy, Upstream, retry_after
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +57,14 @@ LLAMAINDEX_EMPTY = "Empty Response"
 
 class NotReadyError(Exception):
     """The service cannot answer now: no snapshot of the collection is open, or the embedding model is not."""
+
+
+class LLMUnavailableError(Exception):
+    """The LLM failed, and the settings want no other answer. `retry_after`: seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the LLM failed")
+        self.retry_after = retry_after
 
 
 class NoLLMError(Exception):
@@ -106,7 +121,7 @@ class QueryService:
         }
 
     async def query(self, question: str, collection: str, top_k: int, mode: AnswerMode) -> Answer:
-        """Raises NotReadyError, NoLLMError. `collection` is one of the settings'."""
+        """Raises NotReadyError, NoLLMError, LLMUnavailableError. `collection` is one of the settings'."""
         if mode == "generate" and self._llm is None:
             raise NoLLMError
         if self._embedding is None:
@@ -119,6 +134,7 @@ class QueryService:
         answer = Answer(I_DONT_KNOW, [_source(node) for node in nodes], mode)
         if nodes:
             await self._answer(answer, bundle, nodes)
+        metrics.ANSWERS.labels(answer.mode, str(answer.degraded).lower()).inc()
         clock.lap("answer")
         answer.timings_ms = clock.laps()
         return answer
@@ -126,6 +142,7 @@ class QueryService:
     async def _retrieve(self, bundle: QueryBundle, collection: str, top_k: int) -> list[NodeWithScore]:
         try:
             with self._handles[collection].use() as opened:
+                logging_context.bind(snapshot=opened.snapshot.id)
                 index = self._index(collection, opened.store)
                 retriever = VectorIndexRetriever(index, similarity_top_k=top_k, embed_model=self._embedding)
                 nodes = await retriever.aretrieve(bundle)
@@ -149,9 +166,9 @@ class QueryService:
                 raise
             except Exception as error:
                 # Whatever the LLM or the way to it did, the passages are there and worth giving.
-                log.warning(
-                    "the LLM failed, the answer is extractive", extra={"fields": {"error": type(error).__name__}}
-                )
+                log.warning("no LLM answered", extra={"fields": {"error": type(error).__name__}})
+                if not self._settings.degrade:
+                    raise LLMUnavailableError(retry_after(error)) from error
                 answer.degraded = True
             else:
                 return
@@ -183,8 +200,7 @@ class QueryService:
             chat_prompt_helper=LlamaSettings.chat_prompt_helper,
             response_mode=ResponseMode.COMPACT,
         )
-        async with asyncio.timeout(self._settings.llm_timeout):
-            text = str(await synthesizer.asynthesize(bundle, nodes)).strip()
+        text = str(await synthesizer.asynthesize(bundle, nodes)).strip()
         if text in ("", LLAMAINDEX_EMPTY):
             raise ValueError("the LLM's answer is empty")
         return text
@@ -261,6 +277,8 @@ def _source(scored: NodeWithScore) -> Source:
 async def running(settings: Settings) -> AsyncIterator[QueryService]:
     """The service, open until the block ends. Never raises for data: it starts unready, says why, and mends itself."""
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(tracing.exporting(settings))
+        stack.enter_context(instrumented(settings.log_content))
         pool = stack.enter_context(ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="ragrack"))
         asyncio.get_running_loop().set_default_executor(pool)
         embedding = fingerprint = None
@@ -279,10 +297,14 @@ async def running(settings: Settings) -> AsyncIterator[QueryService]:
                 await asyncio.to_thread(handle.poll)
                 handles[name] = handle
                 await stack.enter_async_context(_background(handle.watch()))
-        llm = llm_http = None
-        if settings.llm_base_url is not None and settings.llm_model is not None:
-            llm_http = await stack.enter_async_context(_llm_client(settings))
-            llm = _llm(settings, llm_http)
+        llms, clients = {}, []
+        for name, at in (("llm", _Endpoint.first(settings)), ("llm_fallback", _Endpoint.second(settings))):
+            if at is not None:
+                clients.append(await stack.enter_async_context(_llm_client(name, at, settings)))
+                llms[name] = _llm(at, clients[-1], settings)
+        llm = FallbackLLM.over(llms, settings.llm_timeout) if llms else None
+        llm_http = clients[0] if clients else None
+        await stack.enter_async_context(_background(_tell_ages(handles)))
         yield QueryService(settings, embedding, fingerprint, handles, llm, llm_http)
 
 
@@ -297,32 +319,71 @@ async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[No
             await task
 
 
-def _llm_key(settings: Settings) -> str:
-    # The client insists on one; servers that ask for none ignore it.
-    return settings.llm_api_key.get_secret_value() if settings.llm_api_key else "none"
+async def _tell_ages(handles: Mapping[str, IndexHandle]) -> None:
+    while True:
+        for name, handle in handles.items():
+            if handle.snapshot is not None:
+                created = datetime.fromisoformat(handle.snapshot.manifest.created)
+                metrics.SNAPSHOT_CREATED.labels(name).set(created.timestamp())
+        await asyncio.sleep(1)
 
 
-def _llm_client(settings: Settings) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=str(settings.llm_base_url).rstrip("/") + "/",
+@dataclass(frozen=True)
+class _Endpoint:
+    """Where an LLM is asked. The client insists on a key; servers that ask for none ignore it."""
+
+    url: str
+    model: str
+    key: str
+
+    @classmethod
+    def first(cls, settings: Settings) -> _Endpoint | None:
+        return cls._of(settings.llm_base_url, settings.llm_model, settings.llm_api_key)
+
+    @classmethod
+    def second(cls, settings: Settings) -> _Endpoint | None:
+        return cls._of(settings.llm_fallback_base_url, settings.llm_fallback_model, settings.llm_fallback_api_key)
+
+    @classmethod
+    def _of(cls, url: AnyHttpUrl | None, model: str | None, key: SecretStr | None) -> _Endpoint | None:
+        if url is None or model is None:
+            return None
+        return cls(str(url).rstrip("/"), model, key.get_secret_value() if key else "none")
+
+
+def _llm_client(name: str, at: _Endpoint, settings: Settings) -> httpx.AsyncClient:
+    policy = Policy(
         timeout=settings.llm_timeout,
-        headers={"Authorization": f"Bearer {_llm_key(settings)}"},
+        in_flight=settings.llm_in_flight,
+        queue=settings.llm_queue,
+        retries=settings.llm_retries,
+        breaker_failures=settings.llm_breaker_failures,
+        breaker_seconds=settings.llm_breaker_seconds,
+    )
+    return httpx.AsyncClient(
+        base_url=at.url + "/",
+        timeout=settings.llm_timeout,
+        headers={"Authorization": f"Bearer {at.key}"},
+        transport=Upstream(name, policy),
     )
 
 
-def _llm(settings: Settings, client: httpx.AsyncClient) -> LLM:
+def _llm(at: _Endpoint, client: httpx.AsyncClient, settings: Settings) -> LLM:
     # Importing OpenAI's client takes half a second, which services without an LLM need not wait for.
     from llama_index.llms.openai_like import OpenAILike
 
     llm: LLM = OpenAILike(
-        model=settings.llm_model,
-        api_base=str(settings.llm_base_url).rstrip("/"),
-        api_key=_llm_key(settings),
+        model=at.model,
+        api_base=at.url,
+        api_key=at.key,
         is_chat_model=True,
         context_window=settings.context_window,
         max_tokens=settings.num_output,
         timeout=settings.llm_timeout,
+        # Tried again by the transport, which knows how much time there is.
         max_retries=0,
+        # The metrics' tokens; it is left out where nothing is streamed.
+        additional_kwargs={"stream_options": {"include_usage": True}},
         async_http_client=client,
     )
     return llm
