@@ -28,6 +28,7 @@ class Fingerprint:
     dimensions: int
     chunk_size: int
     chunk_overlap: int
+    tenants: str
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -48,6 +49,7 @@ class Fingerprint:
             dimensions=model["dimensions"],
             chunk_size=settings.chunk_size,
             chunk_overlap=settings.chunk_overlap,
+            tenants=settings.tenants,
         )
 
 

@@ -24,6 +24,7 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode, Document
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
+from ragrack import tenants
 from ragrack.embedding import MiniLMEmbedding
 from ragrack.fingerprint import Fingerprint, ModelError
 from ragrack.golden import GoldenError, GoldenReport, GoldenSet, evaluate
@@ -165,9 +166,13 @@ def _stage(
         if known.get(name) == sha256:
             continue
         try:
-            batch.append((read_document(root, path, data), sha256))
-        except DocumentError as error:
+            document = read_document(root, path, data)
+            if settings.tenants == "by_folder":
+                tenants.mark(document)
+        except (DocumentError, tenants.NoFolderError) as error:
             skip(name, sha256, str(error))
+        else:
+            batch.append((document, sha256))
         if sum(len(document.text) for document, _ in batch) >= BATCH_CHARACTERS:
             embed(batch)
             batch = []

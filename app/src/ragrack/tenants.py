@@ -6,14 +6,20 @@ says. What an identity sees follows from the identity alone: a request can only 
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 
+from llama_index.core.schema import Document
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
-from ragrack.auth import Identity
+from ragrack.auth import TENANT_PATTERN, Identity
 
 TENANT = "tenant"
 """The key in a node's metadata."""
+
+
+class NoFolderError(ValueError):
+    """The document is nobody's; the message names it and what mends it."""
 
 
 class NoTenantError(PermissionError):
@@ -39,6 +45,18 @@ def within(identity: Identity, asked: MetadataFilters | None) -> MetadataFilters
     if own is None or asked is None:
         return own or asked
     return MetadataFilters(filters=[*own.filters, asked], condition=FilterCondition.AND)
+
+
+def mark(document: Document) -> None:
+    """Writes into a document, and so into its nodes, whose it is: the first folder of its path. Neither the embedding
+    nor the LLM sees it. Raises NoFolderError.
+    """
+    folder, _, rest = document.doc_id.partition("/")
+    if not rest or not re.fullmatch(TENANT_PATTERN, folder):
+        raise NoFolderError(f"{document.doc_id}: lies in no tenant's folder: move it to <tenant>/{document.doc_id}")
+    document.metadata[TENANT] = folder
+    document.excluded_embed_metadata_keys.append(TENANT)
+    document.excluded_llm_metadata_keys.append(TENANT)
 
 
 def may_touch(identity: Identity, document: str) -> bool:
