@@ -62,7 +62,9 @@ class FallbackLLM(LLM):
                 started = time.perf_counter()
                 async with asyncio.timeout(deadline.for_upstream(self._timeout)):
                     response = await llm.achat(messages, **kwargs)
-                if not (response.message.content or response.message.additional_kwargs.get("tool_calls")):
+                if not (
+                    (response.message.content or "").strip() or response.message.additional_kwargs.get("tool_calls")
+                ):
                     raise ValueError("the LLM's answer is empty")
                 metrics.LLM_SECONDS.labels(name).observe(time.perf_counter() - started)
                 return response
