@@ -7,16 +7,17 @@ to OpenAI. So every part of ours is handed over explicitly, and a fall-back rais
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import llama_index.core
 from llama_index.core import Settings as LlamaSettings
 from llama_index.core.callbacks import CallbackManager
+from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
-from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.settings import _Settings
 
-from ragrack.sentences import split_sentences
+from ragrack.parts import node_parser
 from ragrack.settings import Settings
 
 
@@ -37,21 +38,22 @@ class _Sealed(_Settings):
 
 
 @contextlib.contextmanager
-def globals_sealed(settings: Settings, tokens: Callable[[str], list[int]]) -> Iterator[None]:
+def globals_sealed(
+    settings: Settings,
+    tokens: Callable[[str], list[int]],
+    llm_tokens: Callable[[str], list[int]] | None = None,
+    handlers: Sequence[BaseCallbackHandler] = (),
+) -> Iterator[None]:
     """Writes LlamaIndex's `Settings` from ours, and seals them until the block ends.
 
-    The embedding model's tokenizer counts the LLM's tokens too: no other is on the host, and it splits finer than most.
+    `tokens` counts what the embedding model reads, `llm_tokens` what the LLM does.
     """
-    before = dict(vars(LlamaSettings))
+    before = dict(vars(LlamaSettings)), llama_index.core.global_tokenizer
+    embedding_tokens, tokens = tokens, llm_tokens or tokens
 
     LlamaSettings.tokenizer = tokens
-    LlamaSettings.callback_manager = CallbackManager()
-    LlamaSettings.node_parser = SentenceSplitter(
-        chunk_size=settings.chunk_size,
-        chunk_overlap=settings.chunk_overlap,
-        tokenizer=tokens,
-        chunking_tokenizer_fn=split_sentences,
-    )
+    LlamaSettings.callback_manager = CallbackManager(list(handlers))
+    LlamaSettings.node_parser = node_parser(settings, embedding_tokens)
     LlamaSettings.transformations = [LlamaSettings.node_parser]
     LlamaSettings.prompt_helper = PromptHelper(settings.context_window, settings.num_output, tokenizer=tokens)
     LlamaSettings.chat_prompt_helper = ChatPromptHelper(settings.context_window, settings.num_output, tokenizer=tokens)
@@ -60,4 +62,5 @@ def globals_sealed(settings: Settings, tokens: Callable[[str], list[int]]) -> It
         yield
     finally:
         object.__setattr__(LlamaSettings, "__class__", _Settings)
-        vars(LlamaSettings).update(before)
+        vars(LlamaSettings).update(before[0])
+        llama_index.core.global_tokenizer = before[1]
