@@ -52,16 +52,18 @@ class ProblemError(Exception):
         self.errors = [FieldProblem(field=field, problem=problem) for field, problem in errors]
         self.headers = dict(headers or {})
 
-    def response(self) -> JSONResponse:
-        body = ProblemDetails(
+    def details(self) -> ProblemDetails:
+        return ProblemDetails(
             title=self.status.phrase,
             status=self.status,
             detail=self.detail,
             request_id=request_id.get(),
             errors=self.errors or None,
         )
+
+    def response(self) -> JSONResponse:
         return JSONResponse(
-            body.model_dump(exclude_none=True), self.status, headers=self.headers, media_type=MEDIA_TYPE
+            self.details().model_dump(exclude_none=True), self.status, headers=self.headers, media_type=MEDIA_TYPE
         )
 
 
