@@ -129,3 +129,7 @@ def table() -> str:
         labels = ", ".join(f"`{label}`" for label in metric._labelnames) or "none"
         lines.append(f"| `{family.name}{suffix}` | {family.type} | {labels} | {family.documentation} |")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
 from llama_index_instrumentation.span import active_span_id
@@ -21,8 +22,8 @@ _tracer: trace.Tracer | None = None
 _spans: dict[str, trace.Span] = {}
 
 
-@contextlib.contextmanager
-def exporting(settings: Settings) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def exporting(settings: Settings) -> AsyncIterator[None]:
     """Until the block ends, spans go to the settings' endpoint, from a thread of this process: enter it after the fork.
 
     What cannot be sent is dropped; a request never waits for it.
@@ -55,7 +56,8 @@ def exporting(settings: Settings) -> Iterator[None]:
         yield
     finally:
         _tracer = None
-        provider.shutdown()
+        # It sends what is left, and waits for that.
+        await asyncio.to_thread(provider.shutdown)
 
 
 @contextlib.contextmanager
