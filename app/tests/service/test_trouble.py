@@ -185,7 +185,9 @@ async def test_a_slow_llm_leaves_room_for_retrieval(settings: Settings, run: Run
 async def served(settings: Settings, tmp_path: Path) -> AsyncIterator[Path]:
     """On a real socket: a client that leaves is seen by a server only."""
     path = tmp_path / "served.sock"
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), uds=str(path), log_config=None))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings), uds=str(path), log_config=None, timeout_graceful_shutdown=1)
+    )
     serving = asyncio.create_task(server.serve())
     await until(lambda: server.started)
     try:
@@ -195,21 +197,50 @@ async def served(settings: Settings, tmp_path: Path) -> AsyncIterator[Path]:
         await serving
 
 
-async def test_a_client_that_leaves_takes_its_llm_call_along(settings: Settings, first: Faulty, tmp_path: Path) -> None:
-    first.default = hangs
-    async with served(generating(settings, first), tmp_path) as path:
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_client_that_leaves_takes_its_llm_call_along(
+    settings: Settings, first: Faulty, tmp_path: Path, streamed: bool
+) -> None:
+    first.default = faulty.streams_one_token_and_hangs if streamed else hangs
+    async with served(generating(settings, first, llm_in_flight=1, llm_queue=0), tmp_path) as path:
         before = _requests(499)
-        _, writer = await asyncio.open_unix_connection(path)
-        body = json.dumps({"query": QUESTION}).encode()
+        reader, writer = await asyncio.open_unix_connection(path)
+        body = json.dumps({"query": QUESTION, "stream": streamed}).encode()
         writer.write(
             b"POST /query HTTP/1.1\r\nHost: service\r\nContent-Type: application/json\r\n"
             b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s" % (KEY.encode(), len(body), body)
         )
         await first.called()
+        if streamed:
+            await reader.readuntil(b"Nineteen")
         writer.close()
         async with asyncio.timeout(20):
             await first.calls[0].left.wait()
         await until(lambda: _requests(499) > before)
+        first.default = answer()
+        transport = httpx.AsyncHTTPTransport(uds=str(path))
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", headers=headers) as client:
+            assert (await ask(client)).json()["degraded"] is False, "the slot is free again"
+
+
+@pytest.mark.parametrize("fault", [hangs, status(500), faulty.drops])
+async def test_retrieval_never_notices_the_llm(
+    settings: Settings, run: Running, first: Faulty, fault: Behaviour
+) -> None:
+    first.default = fault
+    more = {"llm_in_flight": 1, "llm_queue": 1, "llm_breaker_failures": 1, "degrade": False}
+    async with run(generating(settings, first, **more)) as client:
+        held = [asyncio.create_task(ask(client)) for _ in range(5)]
+        await first.called()
+        calls = len(first.calls)
+        for _ in range(5):
+            response = await client.post("/retrieve", json={"query": QUESTION})
+            assert response.json()["nodes"][0]["document"] == "lighthouse.md"
+        assert len(first.calls) == calls
+        for task in held:
+            task.cancel()
+        await asyncio.wait(held)
 
 
 def _requests(status: int) -> float:
