@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from ragrack.admission import Admission
 from ragrack.auth import Authenticator
 from ragrack.context import RequestContext
 from ragrack.health import Readiness
-from ragrack.routes import ask, page, status
+from ragrack.routes import ask, documents, openai, page, status
 from ragrack.service import running
 from ragrack.settings import Problem, Settings, SettingsError, load, variable
 
@@ -67,8 +68,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(
         Admission, in_flight=settings.max_in_flight, queue=settings.max_queue, timeout=settings.request_timeout
     )
-    app.add_middleware(RequestContext, max_body_bytes=MAX_BODY_BYTES)
+    app.add_middleware(RequestContext, max_body_bytes=functools.partial(_max_body_bytes, settings))
     problems.install(app)
-    for router in (ask.router, status.router, page.router):
+    for router in (ask.router, openai.router, status.router, page.router):
         app.include_router(router)
+    app.include_router(documents.router, max_body_size=settings.document_max_bytes)
     return app
+
+
+def _max_body_bytes(settings: Settings, path: str) -> int:
+    """What a request to the path may declare; the routes themselves bound what comes."""
+    if path.startswith("/documents/"):
+        return settings.document_max_bytes
+    return ask.MAX_CHAT_BYTES if path.startswith(problems.OPENAI_PREFIX) or path == "/chat" else MAX_BODY_BYTES

@@ -9,12 +9,13 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from opentelemetry import trace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ragrack import metrics, tracing
+from ragrack import metrics, problems, tracing
 from ragrack.admission import CLIENT_CLOSED_REQUEST
 from ragrack.logging import binding, request_id
 from ragrack.problems import INTERNAL, TOO_LARGE
@@ -31,7 +32,7 @@ _ACCEPTED = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class RequestContext:
     """ASGI middleware, outermost of ours: takes the caller's X-Request-ID or makes one, and sends it back."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: Callable[[str], int]) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
 
@@ -43,6 +44,7 @@ class RequestContext:
         given = headers.get(HEADER, "")
         current = given if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
         token = request_id.set(current)
+        problems.openai_shape.set(scope["path"].startswith(problems.OPENAI_PREFIX))
         started = time.perf_counter()
         status = 0
         stack = contextlib.ExitStack()
@@ -59,7 +61,7 @@ class RequestContext:
             await send(message)
 
         try:
-            if int(headers.get("content-length", 0)) > self._max_body_bytes:
+            if int(headers.get("content-length", 0)) > self._max_body_bytes(scope["path"]):
                 # Starlette's own answer to a declared length cannot be made a problem; bodies in chunks are left to it.
                 await TOO_LARGE.response()(scope, receive, send_with_id)
             else:

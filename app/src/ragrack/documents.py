@@ -6,6 +6,7 @@ place whole or not at all; the next ingest finds it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import hashlib
@@ -22,6 +23,7 @@ from ragrack.readers import READERS
 
 MAX_PARTS = 16
 MAX_NAME_BYTES = 200
+HEAD_BYTES = 8192
 # Of a file that is being written: hidden, so that no ingest takes it for a document.
 ASIDE = ".upload-"
 
@@ -31,7 +33,11 @@ class DocumentPathError(ValueError):
 
 
 class TooLargeError(Exception):
-    pass
+    """More bytes came than are allowed."""
+
+
+class BinaryError(Exception):
+    """What came is no text, by the readers' own rule: a NUL near its beginning."""
 
 
 class InTheWayError(Exception):
@@ -82,7 +88,7 @@ class Documents:
                 return file.read()
 
     async def write(self, path: str, chunks: AsyncIterator[bytes], max_bytes: int) -> Stored:
-        """Raises DocumentPathError, TooLargeError, InTheWayError; then nothing has changed."""
+        """Raises DocumentPathError, TooLargeError, BinaryError, InTheWayError; then nothing has changed."""
         *folders, name = check_path(path).split("/")
         aside = f"{ASIDE}{secrets.token_hex(8)}"
         self._root.mkdir(parents=True, exist_ok=True)
@@ -92,19 +98,21 @@ class Documents:
             try:
                 with os.fdopen(os.open(aside, flags, 0o640, dir_fd=folder), "wb") as file:
                     async for chunk in chunks:
+                        if b"\0" in chunk[: max(0, HEAD_BYTES - size)]:
+                            raise BinaryError
                         size += len(chunk)
                         if size > max_bytes:
                             raise TooLargeError
                         digest.update(chunk)
                         file.write(chunk)
                     file.flush()
-                    os.fsync(file.fileno())
+                    await asyncio.to_thread(os.fsync, file.fileno())
                 created = not _exists(name, folder)
                 try:
                     os.replace(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
                 except IsADirectoryError as error:
                     raise InTheWayError from error
-                os.fsync(folder)
+                await asyncio.to_thread(os.fsync, folder)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(aside, dir_fd=folder)
@@ -124,6 +132,7 @@ class Documents:
     @contextlib.contextmanager
     def _folder(self, names: list[str], *, make: bool = False) -> Iterator[int]:
         """A descriptor of the folder: what is done by it is done there, wherever its name leads meanwhile."""
+        # Links above it are the host's own business.
         current = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for name in names:

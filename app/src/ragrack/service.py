@@ -218,9 +218,9 @@ class QueryService:
         return len(self._embedding.tokens(text)) if self._embedding is not None else 0
 
     @property
-    def dimensions(self) -> int | None:
-        opened = (handle.snapshot for handle in self._handles.values())
-        return next((snapshot.manifest.dimensions for snapshot in opened if snapshot), None)
+    def embedding_model(self) -> str | None:
+        """The name that clients know it by."""
+        return self._embedding.model_name.split("@")[0] if self._embedding is not None else None
 
     def _need_llm(self, mode: AnswerMode) -> None:
         if mode == "generate" and self._llm is None:

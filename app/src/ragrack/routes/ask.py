@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_TURNS = 64
 MAX_TURN_CHARACTERS = 16_000
+MAX_CHAT_BYTES = 1024 * 1024
 
 router = APIRouter()
 
@@ -189,7 +190,7 @@ async def retrieve(caller: Reader, body: RetrieveRequest, service: Service, sett
     )
 
 
-@router.post("/chat", response_model=ChatResponse, responses=_STREAMING)
+@router.post("/chat", response_model=ChatResponse, responses=_STREAMING, max_body_size=MAX_CHAT_BYTES)
 async def chat(caller: Reader, body: ChatRequest, service: Service, settings: Configured) -> Any:
     """Answers the last turn of a conversation. The LLM makes a question of it that needs no other turn; where none is
     asked, the user's turn before it is put in front.
