@@ -1,7 +1,7 @@
 """A module of the site's own, by RAGRACK_HOOKS: a file or a module's name. What it may define, each without arguments:
 
     def node_postprocessors() -> list[BaseNodePostprocessor]   # applied to what was retrieved, in this order
-    def callback_handlers() -> list[BaseCallbackHandler]       # LlamaIndex's callbacks
+    def callback_handlers() -> list[BaseCallbackHandler]       # told of events; traces of requests at once mix
 
 Each is called once in a worker. Code from before LlamaIndex 0.10 is told what replaced ServiceContext, before it runs.
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_index.core
 from llama_index.core import Settings as LlamaSettings
-from llama_index.core.callbacks import CallbackManager
+from llama_index.core.callbacks import CallbackManager, CBEventType
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
 from llama_index.core.settings import _Settings
@@ -23,6 +23,35 @@ from ragrack.settings import Settings
 
 class GlobalFallbackError(RuntimeError):
     """Something took an llm or embed_model from LlamaIndex's globals, or wrote to them."""
+
+
+class _NoCallbacks(CallbackManager):
+    """Without handlers there is nobody to tell: LlamaIndex's own still notes each request's events in itself."""
+
+    def on_event_start(
+        self,
+        event_type: CBEventType,
+        payload: dict[str, Any] | None = None,
+        event_id: str | None = None,
+        parent_id: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return event_id or ""
+
+    def on_event_end(
+        self,
+        event_type: CBEventType,
+        payload: dict[str, Any] | None = None,
+        event_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        pass
+
+    def start_trace(self, trace_id: str | None = None) -> None:
+        pass
+
+    def end_trace(self, trace_id: str | None = None, trace_map: dict[str, list[str]] | None = None) -> None:
+        pass
 
 
 class _Sealed(_Settings):
@@ -52,7 +81,7 @@ def globals_sealed(
     embedding_tokens, tokens = tokens, llm_tokens or tokens
 
     LlamaSettings.tokenizer = tokens
-    LlamaSettings.callback_manager = CallbackManager(list(handlers))
+    LlamaSettings.callback_manager = CallbackManager(list(handlers)) if handlers else _NoCallbacks()
     LlamaSettings.node_parser = node_parser(settings, embedding_tokens)
     LlamaSettings.transformations = [LlamaSettings.node_parser]
     LlamaSettings.prompt_helper = PromptHelper(settings.context_window, settings.num_output, tokenizer=tokens)

@@ -31,9 +31,11 @@ async def opened(settings: Settings) -> AsyncIterator[LLMs]:
     async with contextlib.AsyncExitStack() as stack:
         for name, at in (("llm", _first(settings)), ("llm_fallback", _second(settings))):
             if at is not None:
-                client = await stack.enter_async_context(_client(name, at, settings))
+                transport = _transport(name, settings)
+                client = await stack.enter_async_context(_client(at, transport, settings))
                 clients.append(client)
-                llms[name] = _llm(at, client, settings)
+                ollama = at.provider == "ollama"
+                llms[name] = _ollama(at, transport, settings) if ollama else _openai_like(at, client, settings)
         yield LLMs(
             llm=FallbackLLM.over(llms, settings.llm_timeout) if llms else None, http=clients[0] if clients else None
         )
@@ -41,27 +43,29 @@ async def opened(settings: Settings) -> AsyncIterator[LLMs]:
 
 @dataclass(frozen=True)
 class _Endpoint:
+    provider: str
     url: str
     model: str
     key: str
 
 
 def _first(settings: Settings) -> _Endpoint | None:
-    return _endpoint(settings.llm_base_url, settings.llm_model, settings.llm_api_key)
+    return _endpoint(settings.llm_provider, settings.llm_base_url, settings.llm_model, settings.llm_api_key)
 
 
 def _second(settings: Settings) -> _Endpoint | None:
-    return _endpoint(settings.llm_fallback_base_url, settings.llm_fallback_model, settings.llm_fallback_api_key)
+    provider, url = settings.llm_fallback_provider, settings.llm_fallback_base_url
+    return _endpoint(provider, url, settings.llm_fallback_model, settings.llm_fallback_api_key)
 
 
-def _endpoint(url: AnyHttpUrl | None, model: str | None, key: SecretStr | None) -> _Endpoint | None:
+def _endpoint(provider: str, url: AnyHttpUrl | None, model: str | None, key: SecretStr | None) -> _Endpoint | None:
     if url is None or model is None:
         return None
     # The client insists on a key; servers that ask for none ignore it.
-    return _Endpoint(str(url).rstrip("/"), model, key.get_secret_value() if key else "none")
+    return _Endpoint(provider, str(url).rstrip("/"), model, key.get_secret_value() if key else "none")
 
 
-def _client(name: str, at: _Endpoint, settings: Settings) -> httpx.AsyncClient:
+def _transport(name: str, settings: Settings) -> Upstream:
     policy = Policy(
         timeout=settings.llm_timeout,
         in_flight=settings.llm_in_flight,
@@ -70,15 +74,20 @@ def _client(name: str, at: _Endpoint, settings: Settings) -> httpx.AsyncClient:
         breaker_failures=settings.llm_breaker_failures,
         breaker_seconds=settings.llm_breaker_seconds,
     )
+    return Upstream(name, policy)
+
+
+def _client(at: _Endpoint, transport: Upstream, settings: Settings) -> httpx.AsyncClient:
+    """Readiness asks it for `models`, which Ollama has too."""
     return httpx.AsyncClient(
-        base_url=at.url + "/",
+        base_url=at.url + ("/v1/" if at.provider == "ollama" else "/"),
         timeout=settings.llm_timeout,
         headers={"Authorization": f"Bearer {at.key}"},
-        transport=Upstream(name, policy),
+        transport=transport,
     )
 
 
-def _llm(at: _Endpoint, client: httpx.AsyncClient, settings: Settings) -> LLM:
+def _openai_like(at: _Endpoint, client: httpx.AsyncClient, settings: Settings) -> LLM:
     # Importing OpenAI's client takes half a second, which services without an LLM need not wait for.
     from llama_index.llms.openai_like import OpenAILike
 
@@ -95,5 +104,25 @@ def _llm(at: _Endpoint, client: httpx.AsyncClient, settings: Settings) -> LLM:
         # For the metrics' tokens; left out where nothing is streamed.
         additional_kwargs={"stream_options": {"include_usage": True}},
         async_http_client=client,
+    )
+    return llm
+
+
+def _ollama(at: _Endpoint, transport: Upstream, settings: Settings) -> LLM:
+    from llama_index.llms.ollama import Ollama
+    from ollama import AsyncClient
+
+    # Without a key of its own it would take one out of the environment.
+    headers = {"Authorization": f"Bearer {at.key}"}
+    client = AsyncClient(
+        at.url, transport=transport, timeout=settings.llm_timeout, headers=headers, follow_redirects=False
+    )
+    llm: LLM = Ollama(
+        model=at.model,
+        base_url=at.url,
+        async_client=client,
+        context_window=settings.context_window,
+        request_timeout=settings.llm_timeout,
+        additional_kwargs={"num_predict": settings.num_output},
     )
     return llm
