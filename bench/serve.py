@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -68,6 +69,8 @@ def main() -> int:
     if missing:
         print(f"{' and '.join(missing)} is missing. Mend: apt-get install {' '.join(missing)}", file=sys.stderr)
         return 1
+    # So that what was started is stopped when this is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model = _model()
     with tempfile.TemporaryDirectory(prefix="ragrack-bench-") as directory:
         root = Path(directory)
@@ -168,6 +171,7 @@ def _one(root: Path, side: Side, seconds: int) -> Json:
     print(f"{side.name}: one worker", file=sys.stderr)
     with _gunicorn(root, side, workers=1) as first:
         figures: Json = {"ready_seconds": round(first.ready, 2)}
+        print(f"{side.name}: ready in {first.ready:.2f} s", file=sys.stderr)
         one = _memory(first.pid)
     print(f"{side.name}: two workers, load", file=sys.stderr)
     with _gunicorn(root, side, workers=2) as both, _nginx(root, side.name) as url:
@@ -175,6 +179,7 @@ def _one(root: Path, side: Side, seconds: int) -> Json:
         for route in ("retrieve", "query"):
             _load(f"{url}/{route}", 4, 1, side.headers)
             figures[route] = {str(n): _load(f"{url}/{route}", n, seconds, side.headers) for n in CONNECTIONS}
+            print(f"{side.name}: {route}: {json.dumps(figures[route])}", file=sys.stderr)
     return figures
 
 
