@@ -12,7 +12,6 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from ragrack.auth import ROLES, ApiKey, add_key, hash_key
 from ragrack.settings import Settings
 from schemathesis import GenerationMode
@@ -46,9 +45,29 @@ def asked(settings: Settings, run: Running) -> Iterator[Asked]:
         runner.run(stack.aclose())
 
 
+def _with_what_is_there(description: dict[str, Any]) -> dict[str, Any]:
+    """The description with the names of this service's collection and models: guesses would all be 404s."""
+    schemas = description["components"]["schemas"]
+    schemas["CompletionRequest"]["properties"]["model"]["enum"] = ["island"]
+    schemas["EmbeddingsRequest"]["properties"]["model"]["enum"] = ["all-minilm-l6-v2"]
+    schemas["Message"]["properties"] |= {
+        "role": {"enum": ["user"]},
+        "content": {"type": "string", "pattern": "^[A-Za-z ]*[a-z]$"},
+    }
+    # Groups within groups overflow the generator's stack; test_ask.py nests them itself.
+    schemas["Filters"]["properties"]["filters"]["items"] = {"$ref": "#/components/schemas/Condition"}
+    named = {"collection": ["island"], "path": ["lighthouse.md", "a/b.html", "../a.md"], "model": ["island", "gpt"]}
+    for path in description["paths"].values():
+        for operation in path.values():
+            for parameter in operation.get("parameters", []):
+                if parameter["in"] == "path":
+                    parameter["schema"]["enum"] = named[parameter["name"]]
+    return description
+
+
 def test_no_request_is_answered_with_a_500(asked: Asked) -> None:
     description, send = asked
-    schema = schemathesis.openapi.from_dict(description)
+    schema = schemathesis.openapi.from_dict(_with_what_is_there(description))
     statuses: dict[str, set[int]] = {}
     for result in schema.get_all_operations():
         assert isinstance(result, Ok)
@@ -58,6 +77,10 @@ def test_no_request_is_answered_with_a_500(asked: Asked) -> None:
     assert {"POST /query", "POST /chat", "POST /v1/chat/completions", "DELETE /documents/{collection}/{path}"} <= set(
         statuses
     )
+    # What else there is: the collection `empty` has no snapshot, and random bytes are seldom a text.
+    otherwise = {"GET /readyz": 503, "PUT /documents/{collection}/{path}": 415}
+    for label, answered in statuses.items():
+        assert answered & {200, 201, 204, otherwise.get(label)}, f"{label} never did what it is for"
     for label in ("POST /query", "POST /retrieve", "POST /chat", "POST /v1/embeddings"):
         assert statuses[label] & {400, 422}, f"{label} was never sent anything wrong"
 
@@ -69,8 +92,6 @@ def _try(operation: Any, label: str, send: Callable[[Any], httpx.Response]) -> s
     takes_something = operation.body or operation.path_parameters or operation.query
     modes = [GenerationMode.POSITIVE, *([GenerationMode.NEGATIVE] if takes_something else [])]
 
-    @hypothesis_settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(case=st.one_of([operation.as_strategy(generation_mode=mode) for mode in modes]))
     def one(case: Any) -> None:
         try:
             response = send(case)
@@ -84,5 +105,14 @@ def _try(operation: Any, label: str, send: Callable[[Any], httpx.Response]) -> s
         if response.status_code >= 400 and response.status_code != 503:
             assert response.headers["content-type"] in ("application/problem+json", "application/json"), said
 
-    one()
+    for mode in modes:
+        cases = operation.as_strategy(generation_mode=mode)
+        bounded = hypothesis_settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        bounded(given(case=cases)(one))()
     return answered
