@@ -95,3 +95,19 @@ def test_nothing_is_left_in_the_home_directory_and_nobody_is_told(model_dir: Pat
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     subprocess.run([sys.executable, "-c", code, model_dir], env=environment, check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_the_texts_asked_for_last_are_kept_and_their_vectors_are_the_same(model_dir: Path) -> None:
+    model = MiniLMEmbedding.load(model_dir, keep=2)
+    fresh = MiniLMEmbedding.load(model_dir)
+    try:
+        texts = ["one", "two", "three", "three"]
+        first = await model.aget_text_embedding_batch(texts)
+        assert len(model._kept._vectors) == 2
+        assert await model.aget_text_embedding_batch(texts) == first == await fresh.aget_text_embedding_batch(texts)
+        assert model.get_text_embedding_batch(texts) == first
+        assert not fresh._kept._vectors
+        assert await model.aget_query_embedding("three") == first[2]
+    finally:
+        model.close()
+        fresh.close()

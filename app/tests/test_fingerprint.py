@@ -14,8 +14,8 @@ def test_it_is_the_same_for_the_same_settings_and_model(settings: Settings) -> N
     assert len(Fingerprint.of(settings).digest) == 16
 
 
-@pytest.mark.parametrize("change", [{"chunk_size": 128}, {"chunk_overlap": 0}])
-def test_it_differs_by_what_an_index_depends_on(settings: Settings, change: dict[str, int]) -> None:
+@pytest.mark.parametrize("change", [{"chunk_size": 128}, {"chunk_overlap": 0}, {"tenants": "by_folder"}])
+def test_it_differs_by_what_an_index_depends_on(settings: Settings, change: dict[str, object]) -> None:
     other = Settings.model_validate(settings.model_dump() | change)
     assert Fingerprint.of(settings).digest != Fingerprint.of(other).digest
 

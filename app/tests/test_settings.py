@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from ragrack import cli
+from ragrack.fingerprint import Fingerprint
 from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
+from ragrack.snapshot import Manifest, SnapshotDir
 
 GOOD = {"RAGRACK_COLLECTIONS": "handbook, wiki"}
 
@@ -171,6 +175,171 @@ def test_keys_new_shows_the_key_once_and_keeps_its_hash(tmp_path: Path, capsys: 
     refused = capsys.readouterr().err
     assert "--name" in refused
     assert "--expires" in refused
+
+
+def test_keys_are_listed_without_their_hashes_and_revoked_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "keys.json")
+    new = ["keys", "new", "--file", path, "--name"]
+    assert cli.main([*new, "acme-app", "--tenant", "acme", "--role", "reader", "--role", "ingester"]) == 0
+    assert cli.main([*new, "old", "--expires", "2020-01-01"]) == 0
+    assert cli.main([*new, "x", "--role", "root"]) == 1
+    assert "--role" in capsys.readouterr().err
+    assert cli.main(["keys", "revoke", "acme-app", "--file", path]) == 0
+    assert "inventory" in capsys.readouterr().err
+    assert cli.main(["keys", "list", "--file", path]) == 0
+    shown = capsys.readouterr().out
+    assert "acme-app of acme: reader, ingester; revoked since" in shown
+    assert "old: reader; expired since 2020-01-01" in shown
+    assert cli.main(["keys", "list", "--file", path, "--json"]) == 0
+    listed = {key["name"]: key for key in json.loads(capsys.readouterr().out)}
+    assert listed["acme-app"]["state"] == "revoked"
+    assert "sha256" not in listed["old"]
+    assert cli.main(["keys", "revoke", "nobody", "--file", path]) == 1
+    assert "acme-app, old" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "variables"),
+    [
+        ({"jwt_issuer": "https://login.example.org"}, ["JWT_AUDIENCE", "JWT_JWKS_URL"]),
+        ({"jwt_jwks_url": "https://login.example.org/jwks"}, ["JWT_ISSUER", "JWT_AUDIENCE"]),
+        ({"jwt_algorithms": "RS256,HS256"}, ["JWT_ALGORITHMS"]),
+        ({"jwt_algorithms": "none"}, ["JWT_ALGORITHMS"]),
+        ({"jwt_roles": "staff=root"}, ["JWT_ROLES"]),
+        ({"jwt_roles": "staff"}, ["JWT_ROLES"]),
+        ({"tenants": "by_name"}, ["TENANTS"]),
+    ],
+)
+def test_what_tokens_and_tenants_need(values: dict[str, str], variables: list[str]) -> None:
+    assert sorted(problems(**values)) == sorted(f"RAGRACK_{name}" for name in variables)
+
+
+def test_keys_that_anyone_on_the_way_could_change_are_refused() -> None:
+    whole = {"jwt_issuer": "https://l.example.org", "jwt_audience": "ragrack"}
+    assert problems(**whole, jwt_jwks_url="https://l.example.org/jwks") == {}
+    assert problems(**whole, jwt_jwks_url="http://127.0.0.1:8080/jwks") == {}
+    found = problems(**whole, jwt_jwks_url="http://l.example.org/jwks")
+    assert "not https" in found["RAGRACK_JWT_JWKS_URL"].problem
+
+
+def test_roles_of_the_sites_own_are_mapped() -> None:
+    settings = load(GOOD | {"RAGRACK_JWT_ROLES": "staff=reader, platform=operator"}, on_host=False)
+    assert settings.jwt_roles == (("staff", "reader"), ("platform", "operator"))
+
+
+@pytest.mark.parametrize(
+    ("values", "variables"),
+    [
+        ({"embed_provider": "openai_like"}, ["EMBED_BASE_URL", "EMBED_MODEL", "EMBED_DIMENSIONS"]),
+        ({"embed_base_url": "http://u:p@e.example.org"}, ["EMBED_BASE_URL"]),
+        ({"llm_fallback_base_url": "http://f/v1"}, ["LLM_FALLBACK_MODEL", "LLM_BASE_URL", "LLM_MODEL"]),
+        ({"llm_fallback_model": "m"}, ["LLM_FALLBACK_BASE_URL"]),
+        ({"llm_provider": "bedrock"}, ["LLM_PROVIDER"]),
+        ({"node_parser": "html"}, ["NODE_PARSER"]),
+        ({"embed_api_key": "swordfish"}, ["EMBED_API_KEY"]),
+        ({"tokenizer": "tokenizer.json"}, ["TOKENIZER"]),
+        ({"ingests": "maybe"}, ["INGESTS"]),
+    ],
+)
+def test_what_the_parts_of_llamaindex_need(values: dict[str, str], variables: list[str]) -> None:
+    found = problems(**values)
+    assert sorted(found) == sorted(f"RAGRACK_{name}" for name in variables)
+    assert "swordfish" not in str(found)
+
+
+def test_the_chunk_size_must_fit_the_model_behind_the_api() -> None:
+    remote = {"embed_provider": "openai_like", "embed_base_url": "http://e/v1", "embed_model": "m"}
+    assert problems(**remote, embed_dimensions="8", chunk_size="510") == {}
+    found = problems(**remote, embed_dimensions="8", chunk_size="511")
+    assert "reads 510 tokens" in found["RAGRACK_CHUNK_SIZE"].problem
+
+
+@pytest.fixture
+def host(tmp_path: Path, model_dir: Path) -> dict[str, str]:
+    """The variables of a host on which all is well."""
+    (tmp_path / "indexes").mkdir()
+    (tmp_path / "documents").mkdir()
+    names = {"EMBED_MODEL_DIR": model_dir, "INDEX_DIR": tmp_path / "indexes", "DOCUMENTS_DIR": tmp_path / "documents"}
+    return GOOD | {f"RAGRACK_{name}": str(path) for name, path in names.items()}
+
+
+def test_a_tokenizer_that_cannot_be_the_llms_is_told(host: dict[str, str], model_dir: Path, tmp_path: Path) -> None:
+    of = {"RAGRACK_TOKENIZER": str(model_dir / "tokenizer.json")}
+    assert examine(host | of | {"RAGRACK_LLM_MODEL": "nobody-knows"}, on_host=True)[1] == []
+    [problem] = examine(host | of | {"RAGRACK_LLM_MODEL": "Llama-3.1-8B-Instruct"}, on_host=True)[1]
+    assert problem.variable == "RAGRACK_TOKENIZER"
+    assert "30522 entries" in problem.problem
+    for content in ("", "[]", '{"model": {}}'):
+        (tmp_path / "t.json").write_text(content)
+        [problem] = examine(host | {"RAGRACK_TOKENIZER": str(tmp_path / "t.json")}, on_host=True)[1]
+        assert "tokenizer.json" in problem.problem
+
+
+def test_the_dimensions_given_must_be_the_models(host: dict[str, str]) -> None:
+    assert examine(host | {"RAGRACK_EMBED_DIMENSIONS": "384"}, on_host=True)[1] == []
+    [problem] = examine(host | {"RAGRACK_EMBED_DIMENSIONS": "768"}, on_host=True)[1]
+    assert (problem.variable, "384" in problem.problem) == ("RAGRACK_EMBED_DIMENSIONS", True)
+
+
+def test_a_snapshot_of_other_dimensions_is_told(host: dict[str, str]) -> None:
+    settings = load(host)
+    fingerprint = Fingerprint.of(settings)
+    directory = SnapshotDir(settings.index_dir, "wiki", fingerprint.digest)
+    manifest = Manifest(
+        id="20260101T000000Z-00000000",
+        collection="wiki",
+        fingerprint=fingerprint.digest,
+        built_with={},
+        content="0" * 64,
+        created="20260101T000000Z",
+        parent=None,
+        documents=1,
+        nodes=1,
+        dimensions=768,
+        engine="flat",
+        files={},
+        golden=None,
+        skipped=[],
+    )
+    with directory.new() as new:
+        directory.flip(directory.publish(new, manifest).id, "test")
+    [problem] = examine(host, on_host=True)[1]
+    assert problem.variable == "RAGRACK_INDEX_DIR"
+    assert "768 dimensions" in problem.problem
+    assert examine(host, on_host=False)[1] == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
+def test_paths_must_be_readable_and_documents_writable_where_this_host_ingests(host: dict[str, str]) -> None:
+    """Judged by a user who may not do everything."""
+    code = """
+import json, os, sys
+from ragrack.settings import examine
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+print(json.dumps([problem.variable for problem in examine(json.loads(sys.argv[1]), on_host=True)[1]]))
+"""
+    with tempfile.TemporaryDirectory() as name:
+        # Pytest's own directories are closed to others.
+        root = Path(name)
+        root.chmod(0o755)
+        paths = {"RAGRACK_INDEX_DIR": root / "indexes", "RAGRACK_DOCUMENTS_DIR": root / "documents"}
+        for path in paths.values():
+            path.mkdir()
+
+        def found(mode: int, **more: str) -> list[str]:
+            for path in paths.values():
+                path.chmod(mode)
+            environ = host | {name: str(path) for name, path in paths.items()} | more
+            command = [sys.executable, "-c", code, json.dumps(environ)]
+            variables: list[str] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            return [variable for variable in variables if variable in paths]
+
+        assert found(0o755) == []
+        assert found(0o755, RAGRACK_INGESTS="true") == ["RAGRACK_DOCUMENTS_DIR"]
+        assert found(0o777, RAGRACK_INGESTS="true") == []
+        assert found(0o700) == ["RAGRACK_INDEX_DIR"]
 
 
 def test_the_documented_table_is_that_of_the_model() -> None:

@@ -354,3 +354,103 @@ def test_a_node_without_its_embedding_is_refused(tmp_path: Path) -> None:
         write_snapshot_files([TextNode(id_="x", text="x")], 1, DIMENSIONS, tmp_path)
     with pytest.raises(ValueError, match="2 nodes were promised, 1 came"):
         write_snapshot_files([node(0, {})], 2, DIMENSIONS, tmp_path / "..")
+
+
+WORDS = [
+    "The vacuum reclaims dead rows of a table",
+    "Every table has rows and the planner reads statistics of a table",
+    "checkpoint_timeout is how long the server waits",
+    "The planner may choose an index of a table",
+    "Nothing here",
+    "The standby replays the log",
+    "The log of a primary is archived",
+    "The autovacuum of a table",
+    *("The table of a" for _ in range(8)),
+]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Iterator[SnapshotVectorStore]:
+    nodes = [
+        TextNode(id_=f"n{i}", text=text, metadata={"half": i % 2}, embedding=unit(i)) for i, text in enumerate(WORDS)
+    ]
+    opened = SnapshotVectorStore.open(write(tmp_path / "texts", nodes))
+    yield opened
+    opened.close()
+
+
+def ask(
+    store: SnapshotVectorStore, text: str, mode: str, vector: int = 4, k: int = 16, **more: Any
+) -> dict[str, float]:
+    cutoff = more.pop("similarity_cutoff", None)
+    query = VectorStoreQuery(
+        query_embedding=unit(vector), query_str=text, similarity_top_k=k, mode=VectorStoreQueryMode(mode), **more
+    )
+    result = store.query(query, similarity_cutoff=cutoff)
+    return dict(zip(result.ids or [], result.similarities or [], strict=True))
+
+
+def test_a_text_query_finds_words_in_any_of_their_forms(texts: SnapshotVectorStore) -> None:
+    assert list(ask(texts, "CHECKPOINTS timeouts", "text_search")) == ["n2"]
+    assert list(ask(texts, "archiving a log", "text_search")) == ["n6", "n5"], "rarer words count for more"
+    assert list(ask(texts, "checkpoint_timeout", "text_search")) == ["n2"]
+
+
+def test_only_the_rarest_words_are_looked_for_when_all_would_cost_too_much(
+    texts: SnapshotVectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(ask(texts, "archived dead log", "text_search")) == {"n0", "n5", "n6"}
+    monkeypatch.setattr("ragrack.store.MATCHES", 2)
+    assert set(ask(texts, "archived dead log", "text_search")) == {"n0", "n6"}
+
+
+def test_a_word_in_more_than_an_eighth_of_the_nodes_is_not_looked_for(texts: SnapshotVectorStore) -> None:
+    assert ask(texts, "the table of a", "text_search") == {}
+    assert list(ask(texts, "the dead table", "text_search")) == ["n0"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\0", '"', "dead OR", "NEAR(a b)", "text:dead", "-dead *", "dead'; DROP TABLE node --", "💡", "x " * 9999],
+)
+def test_a_text_is_words_and_never_a_query_language(texts: SnapshotVectorStore, text: str) -> None:
+    assert set(ask(texts, text, "text_search")) <= {"n0"}
+    assert len(ask(texts, text, "hybrid")) == len(WORDS)
+
+
+def test_a_hybrid_query_ranks_what_both_halves_find_first_and_gives_cosines(texts: SnapshotVectorStore) -> None:
+    dense = ask(texts, "", "default", vector=1)
+    hybrid = ask(texts, "archived logs", "hybrid", vector=1)
+    assert next(iter(hybrid)) in {"n1", "n6"}
+    assert list(hybrid).index("n6") < list(dense).index("n6")
+    assert hybrid == pytest.approx(dense), "the order is fused, a node's similarity is not"
+
+
+def test_what_only_its_words_find_has_its_cosine_too(graph: SnapshotVectorStore) -> None:
+    far = min(ask(graph, "", "default", vector=0, k=len(graph)).items(), key=lambda item: item[1])
+    number = far[0].removeprefix("n")
+    hybrid = ask(graph, number, "hybrid", vector=0, k=5)
+    assert hybrid[far[0]] == pytest.approx(far[1], abs=0.01)
+
+
+def test_the_cut_off_is_of_the_cosine_in_either_mode(graph: SnapshotVectorStore) -> None:
+    for mode in ("default", "hybrid"):
+        near = ask(graph, "4321", mode, vector=0, k=5, similarity_cutoff=0.6)
+        assert 0 < len(near) <= 5
+        assert all(similarity >= 0.6 for similarity in near.values())
+        assert ask(graph, "4321", mode, vector=0, k=5, similarity_cutoff=1.01) == {}
+
+
+def test_a_filter_holds_for_both_halves(texts: SnapshotVectorStore) -> None:
+    chosen = filters(("half", "==", 1))
+    assert list(ask(texts, "dead archived log", "text_search", filters=chosen)) == ["n5"]
+    assert set(ask(texts, "dead archived log", "hybrid", filters=chosen)) == {f"n{i}" for i in range(1, 16, 2)}
+    assert ask(texts, "dead", "hybrid", filters=filters(("half", "==", 2))) == {}
+
+
+async def test_a_hybrid_query_is_answered_the_same_in_a_loop(texts: SnapshotVectorStore) -> None:
+    query = VectorStoreQuery(
+        query_embedding=unit(3), query_str="dead logs", similarity_top_k=3, mode=VectorStoreQueryMode.HYBRID
+    )
+    results = await asyncio.gather(*(texts.aquery(query, similarity_cutoff=-1.0) for _ in range(9)))
+    assert all(result.ids == texts.query(query).ids for result in results)

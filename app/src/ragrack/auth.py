@@ -2,28 +2,38 @@
 
 The keys are random, 256 bits, so that a plain hash is as good as a slow one. The file holds no secret:
 
-    {"keys": [{"name": "reports", "sha256": "<64 hex>", "expires": "2027-01-31"}]}
+    {"keys": [{"name": "reports", "sha256": "<64 hex>", "expires": "2027-01-31", "tenant": "acme"}]}
+
+A revoked key stays in it, with `revoked`, so that its name tells who it was.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import hmac
 import logging
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from ragrack.snapshot import write_file
 
 log = logging.getLogger(__name__)
 
 GATE = "gate"
+
+Role = Literal["reader", "ingester", "operator"]
+"""reader asks, ingester writes documents, operator looks at the service itself; none holds another."""
+ROLES: frozenset[Role] = frozenset(get_args(Role))
+TENANT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 def _moment(value: Any) -> datetime | None:
@@ -40,7 +50,15 @@ class ApiKey(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    tenant: Annotated[str, StringConstraints(pattern=TENANT_PATTERN)] | None = None
+    roles: Annotated[tuple[Role, ...], Field(min_length=1)] = ("reader",)
     expires: Annotated[datetime | None, BeforeValidator(_moment)] = None
+    revoked: Annotated[datetime | None, BeforeValidator(_moment)] = None
+
+    def state(self, now: datetime) -> Literal["active", "expired", "revoked"]:
+        if self.revoked is not None and self.revoked <= now:
+            return "revoked"
+        return "expired" if self.expires is not None and self.expires <= now else "active"
 
 
 class ApiKeys(BaseModel):
@@ -54,7 +72,15 @@ class KeysError(ValueError):
 
 @dataclass(frozen=True)
 class Identity:
+    """Who asks. No key or token brings `all_tenants`: it is the gate's, and everyone's where tenants are off."""
+
     name: str
+    tenant: str | None = None
+    roles: frozenset[Role] = frozenset({"reader"})
+    all_tenants: bool = False
+
+
+THE_GATE = Identity(GATE, roles=ROLES, all_tenants=True)
 
 
 def hash_key(key: str) -> str:
@@ -87,12 +113,43 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 def add_key(path: Path, key: ApiKey) -> None:
     """Adds a key to the file, which is made if it is not there. Raises KeysError and changes nothing when it cannot."""
-    keys = read_keys(path) if path.exists() else ()
-    if key.name in [*(known.name for known in keys), GATE]:
-        raise KeysError(f"{path}: the name {key.name} is taken; choose another")
-    text = ApiKeys(keys=(*keys, key)).model_dump_json(indent=2, exclude_none=True)
+    with _alone(path):
+        keys = read_keys(path) if path.exists() else ()
+        if key.name in [*(known.name for known in keys), GATE]:
+            raise KeysError(f"{path}: the name {key.name} is taken; choose another")
+        _write_keys(path, (*keys, key))
+
+
+def revoke_key(path: Path, name: str, moment: datetime) -> ApiKey:
+    """The key as it now stands in the file; one that was revoked before keeps its moment. Raises KeysError."""
+    with _alone(path):
+        keys = {key.name: key for key in read_keys(path)}
+        if name not in keys:
+            raise KeysError(f"{path}: there is no key {name}. Those there are: {', '.join(keys) or 'none'}")
+        if keys[name].state(moment) != "revoked":
+            keys[name] = keys[name].model_copy(update={"revoked": moment})
+            _write_keys(path, tuple(keys.values()))
+    return keys[name]
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Of two who change the file, the second waits: else it would undo what the first did."""
     try:
-        write_file(path, f"{text}\n".encode())
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise KeysError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _write_keys(path: Path, keys: tuple[ApiKey, ...]) -> None:
+    text = ApiKeys(keys=keys).model_dump_json(indent=2, exclude_none=True)
+    try:
+        write_file(path, f"{text}\n".encode(), like=path if path.exists() else None)
     except OSError as error:
         raise KeysError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -117,7 +174,7 @@ class Authenticator:
         self._gate: str | None = None
 
     def identify(self, key: str) -> Identity | None:
-        """None for a key that is unknown or has expired. Takes as long for a wrong key as for a right one."""
+        """None for a key that is unknown, revoked or has expired. Takes as long for a wrong key as for a right one."""
         self._reread()
         digest = hash_key(key)
         found = None
@@ -125,10 +182,10 @@ class Authenticator:
             if hmac.compare_digest(candidate.sha256, digest):
                 found = candidate
         if self._gate is not None and hmac.compare_digest(self._gate, digest):
-            return Identity(GATE)
-        if found is None or (found.expires is not None and found.expires <= datetime.now(UTC)):
+            return THE_GATE
+        if found is None or found.state(datetime.now(UTC)) != "active":
             return None
-        return Identity(found.name)
+        return Identity(found.name, found.tenant, frozenset(found.roles))
 
     def _reread(self) -> None:
         stamp = (_stamp(self._keys_file), _stamp(self._gate_key_file))

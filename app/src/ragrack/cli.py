@@ -97,13 +97,26 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question")
     ask.set_defaults(run=_ask)
 
-    keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
+    keys = commands.add_parser("keys", help="make, list and revoke API keys").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     new = keys.add_parser("new", help="make a key: shown once, only its hash is kept")
     new.add_argument("--name", required=True, help="whose it is; appears in the log")
     new.add_argument("--expires", help="ISO date or time, UTC unless it names a zone")
+    new.add_argument("--tenant", help="sees this tenant's documents alone; needed where tenants are kept apart")
+    new.add_argument("--role", action="append", help="reader (default), ingester or operator; may be repeated")
     new.add_argument("--file", type=Path, help="add the hash to this keys file")
     new.add_argument("--json", action="store_true")
     new.set_defaults(run=_keys_new)
+    listed = keys.add_parser("list", help="list the keys: whose, for what, and whether still valid")
+    revoke = keys.add_parser("revoke", help="refuse a key from now on; running services see it at once")
+    revoke.add_argument("name", help="whose it is")
+    default = os.environ.get("RAGRACK_API_KEYS_FILE") or Settings.model_fields["api_keys_file"].default
+    for command in (listed, revoke):
+        command.add_argument("--file", type=Path, default=Path(default), help="the keys file (default: %(default)s)")
+        command.add_argument("--json", action="store_true")
+    listed.set_defaults(run=_keys_list)
+    revoke.set_defaults(run=_keys_revoke)
     hashed = keys.add_parser("hash", help="print the hash of a key read from standard input")
     hashed.set_defaults(run=_keys_hash)
     return parser
@@ -306,11 +319,19 @@ def _keys_new(arguments: argparse.Namespace) -> int:
 
     key = new_key()
     try:
-        entry = ApiKey(name=arguments.name, sha256=hash_key(key), expires=arguments.expires)
+        entry = ApiKey(
+            name=arguments.name,
+            sha256=hash_key(key),
+            tenant=arguments.tenant,
+            roles=tuple(dict.fromkeys(arguments.role or ["reader"])),
+            expires=arguments.expires,
+        )
         if arguments.file is not None:
             add_key(arguments.file, entry)
     except ValidationError as error:
-        raise _RefusedError("; ".join(f"--{e['loc'][0]}: {e['msg']}" for e in error.errors())) from error
+        options = {"roles": "role"}
+        complaints = [f"--{options.get(str(e['loc'][0]), e['loc'][0])}: {e['msg']}" for e in error.errors()]
+        raise _RefusedError("; ".join(complaints)) from error
     except KeysError as error:
         raise _RefusedError(str(error)) from error
     stored = entry.model_dump(mode="json", exclude_none=True)
@@ -319,6 +340,49 @@ def _keys_new(arguments: argparse.Namespace) -> int:
     else:
         print(f"key:   {key}\nentry: {json.dumps(stored)}")
         print("The key is shown this once.", file=sys.stderr)
+    return 0
+
+
+def _keys_list(arguments: argparse.Namespace) -> int:
+    from datetime import UTC, datetime
+
+    from ragrack.auth import KeysError, read_keys
+
+    now = datetime.now(UTC)
+    try:
+        keys = read_keys(arguments.file)
+    except KeysError as error:
+        raise _RefusedError(str(error)) from error
+    if arguments.json:
+        hidden = {"sha256"}
+        _print_json([key.model_dump(mode="json", exclude=hidden) | {"state": key.state(now)} for key in keys])
+        return 0
+    for key in keys:
+        state = key.state(now)
+        moment = key.revoked if state == "revoked" else key.expires
+        when = f" {'until' if state == 'active' else 'since'} {moment:%Y-%m-%d %H:%M} UTC" if moment else ""
+        tenant = f" of {key.tenant}" if key.tenant else ""
+        print(f"{key.name}{tenant}: {', '.join(key.roles)}; {state}{when}")
+    return 0
+
+
+def _keys_revoke(arguments: argparse.Namespace) -> int:
+    from datetime import UTC, datetime
+
+    from ragrack.auth import KeysError, revoke_key
+
+    try:
+        key = revoke_key(arguments.file, arguments.name, datetime.now(UTC))
+    except KeysError as error:
+        raise _RefusedError(str(error)) from error
+    if arguments.json:
+        _print_json(key.model_dump(mode="json", exclude={"sha256"}))
+    else:
+        print(f"{key.name} is revoked since {key.revoked:%Y-%m-%d %H:%M:%S} UTC")
+        print(
+            "Where an inventory writes this file, revoke it there too: else the next play brings it back.",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +17,39 @@ from pydantic import PrivateAttr
 from tokenizers import Tokenizer
 
 from ragrack.fingerprint import ModelError, read_model_json
+
+
+class _Kept:
+    """The vectors asked for last, by their texts' hashes: 1.7 kB each, whatever the text's length."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._vectors: OrderedDict[bytes, np.ndarray[tuple[int], np.dtype[np.float32]]] = OrderedDict()
+
+    def get(self, text: str) -> list[float] | None:
+        if not self._most:
+            return None
+        key = self._key(text)
+        with self._lock:
+            vector = self._vectors.get(key)
+            if vector is None:
+                return None
+            self._vectors.move_to_end(key)
+        found: list[float] = vector.tolist()
+        return found
+
+    def put(self, text: str, vector: list[float]) -> None:
+        if not self._most:
+            return
+        with self._lock:
+            self._vectors[self._key(text)] = np.array(vector, dtype=np.float32)
+            while len(self._vectors) > self._most:
+                self._vectors.popitem(last=False)
+
+    @staticmethod
+    def _key(text: str) -> bytes:
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class MiniLMEmbedding(BaseEmbedding):
@@ -29,10 +65,14 @@ class MiniLMEmbedding(BaseEmbedding):
     _last: int = PrivateAttr()
     _room: int = PrivateAttr()
     _pool: ThreadPoolExecutor = PrivateAttr()
+    _kept: _Kept = PrivateAttr()
 
     @classmethod
-    def load(cls, model_dir: Path, threads: int = 1) -> MiniLMEmbedding:
+    def load(cls, model_dir: Path, threads: int = 1, keep: int = 0) -> MiniLMEmbedding:
         """`threads` texts are embedded at a time, each on one core. Load it after a fork, never before.
+
+        The vectors of the `keep` texts asked for last are kept: questions come again, and so do the sentences of the
+        nodes that answer them. An ingest keeps none, as it embeds each text once.
 
         Raises ModelError when model_dir is not what `ragrack.build_minilm` writes.
         """
@@ -61,6 +101,7 @@ class MiniLMEmbedding(BaseEmbedding):
         embedding._first, embedding._last = tokenizer.encode("").ids
         embedding._room = model["max_tokens"] - 2
         embedding._pool = ThreadPoolExecutor(threads, thread_name_prefix="embed")
+        embedding._kept = _Kept(keep)
         return embedding
 
     @classmethod
@@ -76,6 +117,13 @@ class MiniLMEmbedding(BaseEmbedding):
         """Ends the threads."""
         self._pool.shutdown()
 
+    def _remembered(self, text: str) -> list[float]:
+        vector = self._kept.get(text)
+        if vector is None:
+            vector = self._embed(text)
+            self._kept.put(text, vector)
+        return vector
+
     def _embed(self, text: str) -> list[float]:
         ids = np.array([[self._first, *self.tokens(text)[: self._room], self._last]], dtype=np.int32)
         vector: list[float] = self._session.run(["embedding"], {"input_ids": ids})[0][0].tolist()
@@ -84,14 +132,14 @@ class MiniLMEmbedding(BaseEmbedding):
     def _embed_all(self, texts: Sequence[str]) -> list[list[float]]:
         # The longest first: no core is left alone with one at the end.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        vectors = dict(zip(order, self._pool.map(self._embed, (texts[i] for i in order)), strict=True))
+        vectors = dict(zip(order, self._pool.map(self._remembered, (texts[i] for i in order)), strict=True))
         return [vectors[i] for i in range(len(texts))]
 
     def _get_query_embedding(self, query: str) -> list[float]:
-        return self._embed(query)
+        return self._remembered(query)
 
     def _get_text_embedding(self, text: str) -> list[float]:
-        return self._embed(text)
+        return self._remembered(text)
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return self._embed_all(texts)
@@ -106,4 +154,8 @@ class MiniLMEmbedding(BaseEmbedding):
         return list(await asyncio.gather(*(self._in_pool(text) for text in texts)))
 
     async def _in_pool(self, text: str) -> list[float]:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._embed, text)
+        # Here already, not in the pool: what is known need not wait behind what is not.
+        vector = self._kept.get(text)
+        if vector is None:
+            vector = await asyncio.get_running_loop().run_in_executor(self._pool, self._remembered, text)
+        return vector

@@ -26,8 +26,10 @@ class Fingerprint:
     embedding: str
     model_sha256: str
     dimensions: int
+    node_parser: str
     chunk_size: int
     chunk_overlap: int
+    tenants: str
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -39,15 +41,22 @@ class Fingerprint:
     def of(cls, settings: Settings, model_dir: Path | None = None) -> Fingerprint:
         """Of the settings; `model_dir` stands in for the settings' own where that is another machine's path.
 
-        Raises ModelError when there is no readable model.json there.
+        Raises ModelError when there is no readable model.json there. Of a model behind an API its name is all that is
+        known: where it changes under its name, ingest anew.
         """
-        model = read_model_json(model_dir or settings.embed_model_dir)
+        if settings.embed_provider == "minilm":
+            model = read_model_json(model_dir or settings.embed_model_dir)
+            name, sha256, dimensions = model["name"], model["files"]["model.onnx"], model["dimensions"]
+        else:
+            name, sha256, dimensions = settings.embed_model or "", "", settings.embed_dimensions or 0
         return cls(
-            embedding=model["name"],
-            model_sha256=model["files"]["model.onnx"],
-            dimensions=model["dimensions"],
+            embedding=name,
+            model_sha256=sha256,
+            dimensions=dimensions,
+            node_parser=settings.node_parser,
             chunk_size=settings.chunk_size,
             chunk_overlap=settings.chunk_overlap,
+            tenants=settings.tenants,
         )
 
 

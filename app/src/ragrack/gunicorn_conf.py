@@ -4,7 +4,10 @@ READY=1 is sent by gunicorn itself when it listens, before its workers have load
 /readyz on the socket says. `max_requests` stays off: it would cut answers in flight.
 """
 
+import os
+import shutil
 import sys
+from typing import Any
 
 from ragrack import logging as ragrack_logging
 from ragrack.auth import write_gate_key
@@ -14,6 +17,8 @@ try:
     _settings = load()
 except SettingsError as error:
     sys.exit(str(error))
+# Read by prometheus_client as it is imported, in the workers.
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_settings.runtime_dir / "metrics")
 
 bind = f"unix:{_settings.socket}"
 # The socket is for its owner and its group, in which nginx is.
@@ -40,5 +45,15 @@ logconfig_dict = ragrack_logging.config(_settings)
 
 
 def on_starting(_: object) -> None:
-    """Before the workers are forked: they find the key that the gate will show."""
+    """Before the workers are forked: they find the key that the gate will show, and count from nothing."""
     write_gate_key(_settings.gate_key_file)
+    metrics = _settings.runtime_dir / "metrics"
+    shutil.rmtree(metrics, ignore_errors=True)
+    metrics.mkdir()
+
+
+def child_exit(_: object, worker: Any) -> None:
+    """What the worker was, as the state of its breakers, is no more; what it counted stays."""
+    from prometheus_client.multiprocess import mark_process_dead
+
+    mark_process_dead(worker.pid)

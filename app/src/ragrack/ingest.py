@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
-from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode, Document
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
-from ragrack.embedding import MiniLMEmbedding
+from ragrack import tenants
 from ragrack.fingerprint import Fingerprint, ModelError
 from ragrack.golden import GoldenError, GoldenReport, GoldenSet, evaluate
+from ragrack.parts import Embedding, node_parser, open_embedding
 from ragrack.readers import DocumentError, find_documents, read_document
-from ragrack.sentences import split_sentences
+from ragrack.remote import EmbeddingUnavailableError
 from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, timestamp
 from ragrack.staging import Staging
 from ragrack.store import SnapshotVectorStore, write_snapshot_files
@@ -75,7 +75,7 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
         directory.snapshots.mkdir(parents=True, exist_ok=True)
         with _locked(settings.index_dir / collection / ".ingest.lock"), contextlib.ExitStack() as stack:
             threads = settings.ingest_threads or len(os.sched_getaffinity(0))
-            embedding = MiniLMEmbedding.load(settings.embed_model_dir, threads)
+            embedding = open_embedding(settings, threads)
             stack.callback(embedding.close)
             staging = Staging(staged)
             stack.callback(staging.close)
@@ -86,7 +86,7 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
             snapshot = _publish(staging, embedding, directory, fingerprint, golden, progress)
             directory.flip(snapshot.id, "ingest")
             directory.prune(KEEP)
-    except (ModelError, SnapshotError) as error:
+    except (ModelError, SnapshotError, EmbeddingUnavailableError) as error:
         raise IngestError(str(error)) from error
     except sqlite3.OperationalError as error:
         raise IngestError(f"cannot write below {directory.root}: {error}") from error
@@ -103,7 +103,7 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
 
 def _stage(
     staging: Staging,
-    embedding: MiniLMEmbedding,
+    embedding: Embedding,
     settings: Settings,
     root: Path,
     paths: list[Path],
@@ -116,14 +116,7 @@ def _stage(
             staging.forget(gone)
     pipeline = IngestionPipeline(
         transformations=[
-            SentenceSplitter(
-                chunk_size=settings.chunk_size,
-                chunk_overlap=settings.chunk_overlap,
-                paragraph_separator="\n\n",
-                tokenizer=embedding.tokens,
-                chunking_tokenizer_fn=split_sentences,
-                id_func=_node_id,
-            ),
+            node_parser(settings, embedding.tokens, _node_id),
             embedding,
         ],
         vector_store=staging.vector_store,
@@ -165,9 +158,13 @@ def _stage(
         if known.get(name) == sha256:
             continue
         try:
-            batch.append((read_document(root, path, data), sha256))
-        except DocumentError as error:
+            document = read_document(root, path, data)
+            if settings.tenants == "by_folder":
+                tenants.mark(document)
+        except (DocumentError, tenants.NoFolderError) as error:
             skip(name, sha256, str(error))
+        else:
+            batch.append((document, sha256))
         if sum(len(document.text) for document, _ in batch) >= BATCH_CHARACTERS:
             embed(batch)
             batch = []
@@ -181,7 +178,7 @@ def _stage(
 
 def _publish(
     staging: Staging,
-    embedding: MiniLMEmbedding,
+    embedding: Embedding,
     directory: SnapshotDir,
     fingerprint: Fingerprint,
     golden: GoldenSet | None,
@@ -227,7 +224,7 @@ def _publish(
         return directory.publish(new, manifest)
 
 
-def _ask(golden: GoldenSet, path: Path, embedding: MiniLMEmbedding) -> GoldenReport:
+def _ask(golden: GoldenSet, path: Path, embedding: Embedding) -> GoldenReport:
     store = SnapshotVectorStore.open(path)
 
     async def retrieve(question: str, k: int) -> list[str]:

@@ -7,21 +7,51 @@ to OpenAI. So every part of ours is handed over explicitly, and a fall-back rais
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import llama_index.core
 from llama_index.core import Settings as LlamaSettings
-from llama_index.core.callbacks import CallbackManager
+from llama_index.core.callbacks import CallbackManager, CBEventType
+from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
-from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.settings import _Settings
 
-from ragrack.sentences import split_sentences
+from ragrack.parts import node_parser
 from ragrack.settings import Settings
 
 
 class GlobalFallbackError(RuntimeError):
     """Something took an llm or embed_model from LlamaIndex's globals, or wrote to them."""
+
+
+class _NoCallbacks(CallbackManager):
+    """Without handlers there is nobody to tell: LlamaIndex's own still notes each request's events in itself."""
+
+    def on_event_start(
+        self,
+        event_type: CBEventType,
+        payload: dict[str, Any] | None = None,
+        event_id: str | None = None,
+        parent_id: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return event_id or ""
+
+    def on_event_end(
+        self,
+        event_type: CBEventType,
+        payload: dict[str, Any] | None = None,
+        event_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        pass
+
+    def start_trace(self, trace_id: str | None = None) -> None:
+        pass
+
+    def end_trace(self, trace_id: str | None = None, trace_map: dict[str, list[str]] | None = None) -> None:
+        pass
 
 
 class _Sealed(_Settings):
@@ -37,21 +67,22 @@ class _Sealed(_Settings):
 
 
 @contextlib.contextmanager
-def globals_sealed(settings: Settings, tokens: Callable[[str], list[int]]) -> Iterator[None]:
+def globals_sealed(
+    settings: Settings,
+    tokens: Callable[[str], list[int]],
+    llm_tokens: Callable[[str], list[int]] | None = None,
+    handlers: Sequence[BaseCallbackHandler] = (),
+) -> Iterator[None]:
     """Writes LlamaIndex's `Settings` from ours, and seals them until the block ends.
 
-    The embedding model's tokenizer counts the LLM's tokens too: no other is on the host, and it splits finer than most.
+    `tokens` counts what the embedding model reads, `llm_tokens` what the LLM does.
     """
-    before = dict(vars(LlamaSettings))
+    before = dict(vars(LlamaSettings)), llama_index.core.global_tokenizer
+    embedding_tokens, tokens = tokens, llm_tokens or tokens
 
     LlamaSettings.tokenizer = tokens
-    LlamaSettings.callback_manager = CallbackManager()
-    LlamaSettings.node_parser = SentenceSplitter(
-        chunk_size=settings.chunk_size,
-        chunk_overlap=settings.chunk_overlap,
-        tokenizer=tokens,
-        chunking_tokenizer_fn=split_sentences,
-    )
+    LlamaSettings.callback_manager = CallbackManager(list(handlers)) if handlers else _NoCallbacks()
+    LlamaSettings.node_parser = node_parser(settings, embedding_tokens)
     LlamaSettings.transformations = [LlamaSettings.node_parser]
     LlamaSettings.prompt_helper = PromptHelper(settings.context_window, settings.num_output, tokenizer=tokens)
     LlamaSettings.chat_prompt_helper = ChatPromptHelper(settings.context_window, settings.num_output, tokenizer=tokens)
@@ -60,4 +91,5 @@ def globals_sealed(settings: Settings, tokens: Callable[[str], list[int]]) -> It
         yield
     finally:
         object.__setattr__(LlamaSettings, "__class__", _Settings)
-        vars(LlamaSettings).update(before)
+        vars(LlamaSettings).update(before[0])
+        llama_index.core.global_tokenizer = before[1]

@@ -5,6 +5,7 @@ code that raises; the text of an exception never reaches it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
@@ -36,6 +37,30 @@ class ProblemDetails(BaseModel):
     errors: list[FieldProblem] | None = None
 
 
+class OpenAIError(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    request_id: str | None = None
+
+
+class OpenAIErrorResponse(BaseModel):
+    """The body of every error below /v1/."""
+
+    error: OpenAIError
+
+
+OPENAI_PREFIX = "/v1/"
+openai_shape: ContextVar[bool] = ContextVar("openai_shape", default=False)
+"""Whether the request at hand is one of OpenAI's API."""
+_OPENAI_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+}
+
+
 class ProblemError(Exception):
     """Raise it to answer with a problem; `detail` is for the client's eyes."""
 
@@ -52,16 +77,33 @@ class ProblemError(Exception):
         self.errors = [FieldProblem(field=field, problem=problem) for field, problem in errors]
         self.headers = dict(headers or {})
 
-    def response(self) -> JSONResponse:
-        body = ProblemDetails(
+    def details(self) -> ProblemDetails:
+        return ProblemDetails(
             title=self.status.phrase,
             status=self.status,
             detail=self.detail,
             request_id=request_id.get(),
             errors=self.errors or None,
         )
+
+    def openai_error(self) -> dict[str, Any]:
+        """As OpenAI's clients expect it."""
+        status = HTTPStatus.BAD_REQUEST if self.status == HTTPStatus.UNPROCESSABLE_ENTITY else self.status
+        error = OpenAIError(
+            message=self.detail,
+            type=_OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+            param=self.errors[0].field if self.errors else None,
+            code="model_not_found" if any(e.field == "model" for e in self.errors) else None,
+            request_id=request_id.get(),
+        )
+        return OpenAIErrorResponse(error=error).model_dump()
+
+    def response(self) -> JSONResponse:
+        if openai_shape.get():
+            status = HTTPStatus.BAD_REQUEST if self.status == HTTPStatus.UNPROCESSABLE_ENTITY else self.status
+            return JSONResponse(self.openai_error(), status, headers=self.headers)
         return JSONResponse(
-            body.model_dump(exclude_none=True), self.status, headers=self.headers, media_type=MEDIA_TYPE
+            self.details().model_dump(exclude_none=True), self.status, headers=self.headers, media_type=MEDIA_TYPE
         )
 
 
@@ -75,6 +117,11 @@ def responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     """For a route's OpenAPI: these statuses answer with problem details."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
     return {int(status): {"description": status.phrase, "content": content} for status in statuses}
+
+
+def openai_responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    """As `responses`, for routes of OpenAI's API."""
+    return {int(status): {"description": status.phrase, "model": OpenAIErrorResponse} for status in statuses}
 
 
 def schemas() -> dict[str, Any]:

@@ -7,6 +7,7 @@ start all read it. Nothing here imports LlamaIndex, so a check costs no more tha
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,15 +19,37 @@ from pydantic import AnyHttpUrl, BeforeValidator, Field, SecretStr, StringConstr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from ragrack import hooks
+from ragrack.auth import Role
+from ragrack.fingerprint import Fingerprint, ModelError
+from ragrack.snapshot import SnapshotDir, SnapshotError
+
 PREFIX = "RAGRACK_"
 # By systemd's LoadCredentialEncrypted; a secret never has a variable, as /proc/<pid>/environ shows those.
-SECRETS = {"llm_api_key": "credentials_llm_api_key"}
+SECRETS = {
+    "embed_api_key": "credentials_embed_api_key",
+    "llm_api_key": "credentials_llm_api_key",
+    "llm_fallback_api_key": "credentials_llm_fallback_api_key",
+}
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SPECIAL_TOKENS = 2
-MODEL_MAX_TOKENS = {"minilm": 256}
+MINILM_MAX_TOKENS = 256
+# Entries of the tokenizers of well-known LLMs, special ones included or not, by what their names hold.
+VOCABULARIES = {
+    r"llama-?3": (128_000, 128_512),
+    r"llama-?2": (32_000, 32_064),
+    r"qwen-?(2|3)": (151_643, 152_064),
+    r"smollm2": (49_152, 49_408),
+    r"gemma-?2": (256_000, 256_128),
+}
 
 
 def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _pairs(value: Any) -> Any:
+    return [part.partition("=")[::2] for part in _split(value)] if isinstance(value, str) else value
 
 
 CollectionName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)]
@@ -52,6 +75,11 @@ class Settings(BaseSettings):
         description="Where documents to ingest live, a directory per collection.",
         examples=["/var/lib/ragrack/documents"],
     )
+    ingests: bool = Field(
+        False,
+        description="Whether this host ingests, so that documents may be written here. It is the host's own.",
+        examples=["true"],
+    )
     golden_dir: Path = Field(
         Path("/etc/ragrack/golden"),
         description="Where golden questions live, as <collection>.yml.",
@@ -65,7 +93,11 @@ class Settings(BaseSettings):
         examples=["0.8"],
     )
 
-    embed_provider: Literal["minilm"] = Field("minilm", description="Which embedding model.", examples=["minilm"])
+    embed_provider: Literal["minilm", "openai_like"] = Field(
+        "minilm",
+        description="Which embedding model: the release's own, or one behind an OpenAI-compatible API.",
+        examples=["minilm"],
+    )
     embed_model_dir: Path = Field(
         Path("/opt/ragrack/current/models/all-minilm-l6-v2"),
         description="Holds model.onnx, tokenizer.json and model.json. The unit sets it to its release's.",
@@ -74,6 +106,29 @@ class Settings(BaseSettings):
     embed_threads: int = Field(
         1, ge=1, le=64, description="Texts that a worker embeds at a time, each on one core.", examples=["1"]
     )
+    embed_base_url: AnyHttpUrl | None = Field(
+        None, description="Base URL of the embedding model's API.", examples=["http://127.0.0.1:8082/v1"]
+    )
+    embed_model: str | None = Field(
+        None, min_length=1, description="Name of the embedding model at that API.", examples=["bge-m3"]
+    )
+    embed_dimensions: int | None = Field(
+        None, ge=1, le=65536, description="Numbers in a vector of that model.", examples=["1024"]
+    )
+    embed_max_tokens: int = Field(
+        512, ge=34, le=100_000, description="Tokens that that model reads of a text.", examples=["8192"]
+    )
+    embed_api_key: SecretStr | None = Field(
+        None, description="Key of that API: the systemd credential `credentials_embed_api_key`, never a variable."
+    )
+    embed_timeout: float = Field(
+        10, gt=0, le=600, description="Seconds that the embedding model's API has for an answer.", examples=["10"]
+    )
+    node_parser: Literal["sentence", "token"] = Field(
+        "sentence",
+        description="How documents are split into nodes: at the ends of sentences, or after so many tokens.",
+        examples=["sentence"],
+    )
     chunk_size: int = Field(
         254, ge=32, le=8192, description="Length of a node, in tokens of the embedding model.", examples=["254"]
     )
@@ -81,6 +136,13 @@ class Settings(BaseSettings):
         32, ge=0, le=4096, description="Tokens that a node shares with the one before it.", examples=["32"]
     )
 
+    document_max_bytes: int = Field(
+        10 * 1024 * 1024,
+        ge=1,
+        le=1024**3,
+        description="Largest document that the API takes, in bytes.",
+        examples=["10485760"],
+    )
     ingest_threads: int | None = Field(
         None,
         ge=1,
@@ -97,17 +159,22 @@ class Settings(BaseSettings):
         description='Nodes less similar than this are dropped; when none is left the answer is "I don\'t know".',
         examples=["0.3"],
     )
+    retrieval: Literal["hybrid", "dense"] = Field(
+        "hybrid",
+        description="How nodes are found: by meaning and by words (BM25) together, or by meaning alone.",
+        examples=["hybrid"],
+    )
     answer: Literal["extractive", "generate"] = Field(
         "extractive",
         description="How a query that does not say is answered: by the sentences that answer, or by the LLM.",
         examples=["extractive"],
     )
 
-    llm_provider: Literal["openai_like"] = Field(
+    llm_provider: Literal["openai_like", "ollama"] = Field(
         "openai_like", description="Which interface the LLM has.", examples=["openai_like"]
     )
     llm_base_url: AnyHttpUrl | None = Field(
-        None, description="Base URL of the LLM's OpenAI-compatible API.", examples=["http://127.0.0.1:8081/v1"]
+        None, description="Base URL of the LLM's API.", examples=["http://127.0.0.1:8081/v1"]
     )
     llm_model: str | None = Field(
         None, min_length=1, description="Name of the model at that API.", examples=["smollm2-135m-instruct"]
@@ -122,6 +189,21 @@ class Settings(BaseSettings):
         description="Seconds that the LLM has for an answer before the sentences are given instead.",
         examples=["30"],
     )
+    llm_fallback_provider: Literal["openai_like", "ollama"] = Field(
+        "openai_like", description="Which interface the second LLM has.", examples=["openai_like"]
+    )
+    llm_fallback_base_url: AnyHttpUrl | None = Field(
+        None,
+        description="Base URL of a second LLM, asked where the first fails.",
+        examples=["http://127.0.0.1:8082/v1"],
+    )
+    llm_fallback_model: str | None = Field(
+        None, min_length=1, description="Name of the model at the second LLM.", examples=["smollm2-135m-instruct"]
+    )
+    llm_fallback_api_key: SecretStr | None = Field(
+        None,
+        description="Key of the second LLM: the systemd credential `credentials_llm_fallback_api_key`.",
+    )
     context_window: int = Field(
         2048, ge=256, le=10_000_000, description="Tokens that the LLM reads and writes in all.", examples=["2048"]
     )
@@ -129,10 +211,122 @@ class Settings(BaseSettings):
         128, ge=1, le=1_000_000, description="Tokens that the LLM may write in an answer.", examples=["128"]
     )
 
+    llm_in_flight: int = Field(
+        8, ge=1, le=10_000, description="Calls of an LLM at a time, for each worker.", examples=["8"]
+    )
+    llm_queue: int = Field(
+        16, ge=0, le=10_000, description="Calls of an LLM that wait, for each worker; more fail.", examples=["16"]
+    )
+    llm_retries: int = Field(
+        2,
+        ge=0,
+        le=10,
+        description="How often a call is tried again that failed before its first token.",
+        examples=["2"],
+    )
+    llm_breaker_failures: int = Field(
+        5, ge=1, le=1000, description="Failures in a row after which a worker leaves an LLM alone.", examples=["5"]
+    )
+    llm_breaker_seconds: float = Field(
+        10, gt=0, le=3600, description="For how many seconds; then one call tries whether it is back.", examples=["10"]
+    )
+    degrade: bool = Field(
+        True,
+        description="Whether `/query` gives sentences where the LLM fails, marked as degraded; else it answers 503.",
+        examples=["true"],
+    )
+
+    request_timeout: float = Field(
+        120,
+        gt=0,
+        le=3600,
+        description="Seconds that a request has; its client may ask for fewer by `X-Request-Timeout`.",
+        examples=["120"],
+    )
+    max_in_flight: int = Field(
+        64, ge=1, le=10_000, description="Requests answered at a time, by each worker.", examples=["64"]
+    )
+    max_queue: int = Field(
+        128,
+        ge=0,
+        le=10_000,
+        description="Requests that wait, for each worker; more are answered 503.",
+        examples=["128"],
+    )
+    otlp_endpoint: AnyHttpUrl | None = Field(
+        None,
+        description="Base URL of an OpenTelemetry collector (OTLP over HTTP) that traces go to; none sends none.",
+        examples=["http://127.0.0.1:4318"],
+    )
+    otlp_sample_ratio: float = Field(
+        1,
+        ge=0,
+        le=1,
+        description="Share of the traces begun here that is sent; a caller's trace is sent if it says so.",
+        examples=["0.1"],
+    )
+    log_content: bool = Field(
+        False, description="Whether questions, prompts and answers are written to the log.", examples=["false"]
+    )
+
+    tokenizer: Path | None = Field(
+        None,
+        description="The LLM's tokenizer.json, to count prompts with; none means the embedding model's.",
+        examples=["/etc/ragrack/tokenizer.json"],
+    )
+    hooks: str | None = Field(
+        None,
+        min_length=1,
+        description="A Python file or module of your own, with node_postprocessors and callback_handlers.",
+        examples=["/etc/ragrack/hooks.py"],
+    )
+
     api_keys_file: Path = Field(
         Path("/etc/ragrack/api-keys.json"),
         description="Hashes of the API keys; re-read when it changes.",
         examples=["/etc/ragrack/api-keys.json"],
+    )
+    tenants: Literal["off", "by_folder"] = Field(
+        "off",
+        description="`by_folder` keeps tenants apart: a document in <collection>/<tenant>/ is that tenant's alone.",
+        examples=["by_folder"],
+    )
+    jwt_issuer: str | None = Field(
+        None,
+        min_length=1,
+        description="Issuer (iss) of the tokens that are taken beside API keys; none means keys alone.",
+        examples=["https://login.example.org/realms/staff"],
+    )
+    jwt_audience: str | None = Field(
+        None, min_length=1, description="Audience (aud) that a token must name.", examples=["ragrack"]
+    )
+    jwt_jwks_url: AnyHttpUrl | None = Field(
+        None,
+        description="Where the issuer's public keys are; fetched again and again, the last good ones kept.",
+        examples=["https://login.example.org/realms/staff/protocol/openid-connect/certs"],
+    )
+    jwt_algorithms: Annotated[tuple[Literal["RS256", "ES256"], ...], NoDecode, BeforeValidator(_split)] = Field(
+        ("RS256", "ES256"), min_length=1, description="What a token may be signed with.", examples=["RS256"]
+    )
+    jwt_leeway: int = Field(
+        30, ge=0, le=300, description="Seconds that the issuer's clock and this one may differ.", examples=["30"]
+    )
+    jwt_tenant_claim: str = Field(
+        "tenant",
+        min_length=1,
+        description="Claim that names the tenant; read where tenants are kept apart. `a.b` is b within a.",
+        examples=["tenant"],
+    )
+    jwt_roles_claim: str = Field(
+        "roles",
+        min_length=1,
+        description="Claim that lists roles, as a list or separated by blanks.",
+        examples=["realm_access.roles"],
+    )
+    jwt_roles: Annotated[tuple[tuple[str, Role], ...], NoDecode, BeforeValidator(_pairs)] = Field(
+        (("reader", "reader"), ("ingester", "ingester"), ("operator", "operator")),
+        description="What a value of that claim means here.",
+        examples=["staff=reader,editors=ingester,platform=operator"],
     )
     release: str = Field(
         "dev",
@@ -290,6 +484,8 @@ def table() -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = ",".join(item if isinstance(item, str) else "=".join(item) for item in value)
     return "none" if value is None else f"`{value}`"
 
 
@@ -298,9 +494,15 @@ def _values(field: FieldInfo) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
+        item = get_args(annotation)[0]
+        if get_origin(item) is Literal:
+            return f"{', '.join(f'`{choice}`' for choice in get_args(item))}, separated by commas"
+        if get_origin(item) is tuple:
+            return f"value=role, separated by commas; a role is one of {', '.join(get_args(get_args(item)[1]))}"
         return "names, separated by commas"
     kind: Any = next((part for part in get_args(annotation) if part is not type(None)), annotation)
     words = {
+        bool: "`true` or `false`",
         int: "an integer",
         float: "a number",
         Path: "an absolute path",
@@ -360,18 +562,20 @@ def _validated_alone(values: Mapping[str, Any], bad: set[str]) -> dict[str, Any]
 
 def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
     """What fields that are sound alone say against each other: the fields looked at, and the problem."""
-    for name in ("index_dir", "documents_dir", "golden_dir", "embed_model_dir", "api_keys_file", "runtime_dir"):
-        path: Path = getattr(settings, name)
-        if not path.is_absolute():
+    paths = ("index_dir", "documents_dir", "golden_dir", "embed_model_dir", "api_keys_file", "runtime_dir", "tokenizer")
+    for name in paths:
+        path: Path | None = getattr(settings, name)
+        if path is not None and not path.is_absolute():
             yield (name,), Problem(variable(name), f"'{path}' is not an absolute path", f"write /.../{path}")
     twice = {name for name in settings.collections if settings.collections.count(name) > 1}
     if twice:
         names = ", ".join(sorted(twice))
         yield ("collections",), Problem(variable("collections"), f"names twice: {names}", "name each collection once")
-    room = MODEL_MAX_TOKENS[settings.embed_provider] - SPECIAL_TOKENS
+    own = settings.embed_provider == "minilm"
+    room = (MINILM_MAX_TOKENS if own else settings.embed_max_tokens) - SPECIAL_TOKENS
     if settings.chunk_size > room:
         yield (
-            ("chunk_size", "embed_provider"),
+            ("chunk_size", "embed_provider", "embed_max_tokens"),
             Problem(
                 variable("chunk_size"),
                 f"{settings.chunk_size}, but the {settings.embed_provider} model reads {room} tokens of a node: "
@@ -388,16 +592,25 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
                 f"give at most {settings.chunk_size // 2}",
             ),
         )
+    for upstream in ("embed", "llm", "llm_fallback"):
+        at: AnyHttpUrl | None = getattr(settings, f"{upstream}_base_url")
+        if at is not None and (at.username or at.password):
+            yield (
+                (f"{upstream}_base_url",),
+                Problem(
+                    variable(f"{upstream}_base_url"),
+                    "holds a user name or password, and an environment is no place for secrets",
+                    f"take it out and give the key as the systemd credential {SECRETS[f'{upstream}_api_key']}",
+                ),
+            )
+    if not own:
+        yield from _needed(settings, "embed_provider", ("embed_base_url", "embed_model", "embed_dimensions"))
+    if settings.llm_fallback_base_url is not None:
+        yield from _needed(settings, "llm_fallback_base_url", ("llm_fallback_model", "llm_base_url", "llm_model"))
+    elif settings.llm_fallback_model is not None:
+        yield from _needed(settings, "llm_fallback_model", ("llm_fallback_base_url",))
     url = settings.llm_base_url
-    if url is not None and (url.username or url.password):
-        yield (
-            ("llm_base_url",),
-            Problem(
-                variable("llm_base_url"),
-                "holds a user name or password, and an environment is no place for secrets",
-                f"take it out and give the key as the systemd credential {SECRETS['llm_api_key']}",
-            ),
-        )
+    yield from _jwt(settings)
     if settings.answer == "generate":
         for name in ("llm_base_url", "llm_model"):
             if getattr(settings, name) is None:
@@ -410,6 +623,17 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
                         f"set it, e.g. {variable(name)}={example[0]}, or set {variable('answer')}=extractive",
                     ),
                 )
+    calls = settings.llm_in_flight + settings.llm_queue
+    if url is not None and calls >= settings.max_in_flight:
+        yield (
+            ("max_in_flight", "llm_in_flight", "llm_queue"),
+            Problem(
+                variable("max_in_flight"),
+                f"{settings.max_in_flight} is not more than llm_in_flight + llm_queue = {calls}: a slow LLM would take "
+                "every place, and retrieval with it",
+                f"give at least {calls + 1}, or lower {variable('llm_queue')}",
+            ),
+        )
     needed = settings.num_output + settings.top_k * settings.chunk_size
     if url is not None and settings.context_window < needed:
         yield (
@@ -423,13 +647,70 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
         )
 
 
+def _needed(settings: Settings, by: str, names: Iterable[str]) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    for name in names:
+        if getattr(settings, name) is None:
+            example = (Settings.model_fields[name].examples or [""])[0]
+            given = f"{variable(by)}={getattr(settings, by)}"
+            mend = f"set it, e.g. {variable(name)}={example}"
+            yield (name, by), Problem(variable(name), f"is not set, but {given} needs it", mend)
+
+
+def _jwt(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    together = ("jwt_issuer", "jwt_audience", "jwt_jwks_url")
+    given = [name for name in together if getattr(settings, name) is not None]
+    for name in together if given else ():
+        if name not in given:
+            example = (Settings.model_fields[name].examples or [""])[0]
+            yield (
+                together,
+                Problem(
+                    variable(name),
+                    f"is not set, but {variable(given[0])} is, and a token is judged by all three",
+                    f"set it, e.g. {variable(name)}={example}",
+                ),
+            )
+    url = settings.jwt_jwks_url
+    if url is not None and url.scheme != "https" and url.host not in LOOPBACK:
+        yield (
+            ("jwt_jwks_url",),
+            Problem(
+                variable("jwt_jwks_url"),
+                f"'{url}' is not https: whoever is on the way could put keys of their own into it",
+                "give the https URL, which the issuer's /.well-known/openid-configuration names as jwks_uri",
+            ),
+        )
+
+
 def _on_host(settings: Settings) -> Iterator[tuple[str, Problem]]:
     """What the paths name must be there. Not the index: a service without one starts, and says so at /readyz."""
-    missing = [
-        name
-        for name in ("model.onnx", "tokenizer.json", "model.json")
-        if not os.access(settings.embed_model_dir / name, os.R_OK)
-    ]
+    if settings.embed_provider == "minilm":
+        yield from _model(settings)
+    if settings.index_dir.exists() and not os.access(settings.index_dir, os.R_OK | os.X_OK):
+        mend = "let it (chown or chmod), or name another directory"
+        yield "index_dir", Problem(variable("index_dir"), f"'{settings.index_dir}' cannot be read by this user", mend)
+    if settings.ingests and not os.access(settings.documents_dir, os.W_OK | os.X_OK):
+        yield (
+            "documents_dir",
+            Problem(
+                variable("documents_dir"),
+                f"'{settings.documents_dir}' cannot be written by this user, and {variable('ingests')}=true needs it",
+                f"make it and let this user write there, or set {variable('ingests')}=false",
+            ),
+        )
+    yield from _dimensions(settings)
+    if settings.tokenizer is not None:
+        yield from _tokenizer(settings, settings.tokenizer)
+    if settings.hooks is not None:
+        try:
+            hooks.check(settings.hooks)
+        except hooks.HooksError as error:
+            yield "hooks", Problem(variable("hooks"), error.problem, error.mend)
+
+
+def _model(settings: Settings) -> Iterator[tuple[str, Problem]]:
+    names = ("model.onnx", "tokenizer.json", "model.json")
+    missing = [name for name in names if not os.access(settings.embed_model_dir / name, os.R_OK)]
     if missing:
         yield (
             "embed_model_dir",
@@ -439,3 +720,50 @@ def _on_host(settings: Settings) -> Iterator[tuple[str, Problem]]:
                 "point it to the model of the release, or deploy the release again",
             ),
         )
+
+
+def _dimensions(settings: Settings) -> Iterator[tuple[str, Problem]]:
+    try:
+        fingerprint = Fingerprint.of(settings)
+    except ModelError:
+        return
+    given = settings.embed_dimensions
+    if given is not None and given != fingerprint.dimensions:
+        problem = f"{given}, but the embedding model's vectors have {fingerprint.dimensions}"
+        yield "embed_dimensions", Problem(variable("embed_dimensions"), problem, "leave it out, or give that number")
+    for name in settings.collections:
+        try:
+            current = SnapshotDir(settings.index_dir, name, fingerprint.digest).current()
+        except (SnapshotError, OSError):
+            continue
+        if current is not None and current.manifest.dimensions != fingerprint.dimensions:
+            yield (
+                "index_dir",
+                Problem(
+                    variable("index_dir"),
+                    f"snapshot {current.id} of {name} holds vectors of {current.manifest.dimensions} dimensions, "
+                    f"the embedding model gives {fingerprint.dimensions}",
+                    f"remove that snapshot and run `ragrack ingest --collection {name}`",
+                ),
+            )
+
+
+def _tokenizer(settings: Settings, path: Path) -> Iterator[tuple[str, Problem]]:
+    """As far as can be known: the file is one, and has as many entries as the LLM that the name tells of."""
+    try:
+        tokenizer = json.loads(path.read_bytes())
+        entries = len(tokenizer["model"]["vocab"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problem = f"'{path}' cannot be read as a tokenizer.json ({type(error).__name__})"
+        yield "tokenizer", Problem(variable("tokenizer"), problem, "give the tokenizer.json that comes with the LLM")
+        return
+    for pattern, (least, most) in VOCABULARIES.items():
+        if re.search(pattern, (settings.llm_model or "").lower()) and not least <= entries <= most:
+            yield (
+                "tokenizer",
+                Problem(
+                    variable("tokenizer"),
+                    f"'{path}' has {entries} entries, {settings.llm_model}'s has about {least}",
+                    "give the tokenizer.json that comes with that model, or leave it out",
+                ),
+            )

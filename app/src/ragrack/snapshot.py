@@ -266,10 +266,15 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Whole or not at all: aside, fsync, rename."""
+def write_file(path: Path, data: bytes, like: Path | None = None) -> None:
+    """Whole or not at all: aside, fsync, rename. With the mode, and as far as one may the owner, of `like`."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("wb") as file:
+        if like is not None:
+            status = like.stat()
+            with contextlib.suppress(PermissionError):
+                os.fchown(file.fileno(), status.st_uid, status.st_gid)
+            os.fchmod(file.fileno(), status.st_mode & 0o777)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

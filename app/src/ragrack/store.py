@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import json
 import os
 import queue
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,6 +55,17 @@ TRAINING = 100_000
 """Vectors that the range of the 8-bit scale is taken from."""
 WRITE_BATCH = 1024
 FILTERS_KEPT = 64
+RRF_K = 60
+"""Of reciprocal rank fusion, as in Cormack, Clarke and Büttcher, SIGIR 2009."""
+CANDIDATES = 20
+"""Nodes that each half of a hybrid query puts forward, at least."""
+WORDS_READ = 128
+"""Of a question, the first: what is past them decides nothing."""
+FREQUENT_SHARE = 8
+"""A word in more than one of so many nodes is not looked for: it says little about any, and fusion counts ranks."""
+MATCHES = 2_000
+"""Nodes that the words looked for may match, each counted alone: what a question costs at most, a microsecond each."""
+WORDS_KEPT = 4096
 
 SCHEMA = """
 CREATE TABLE node (
@@ -95,7 +108,10 @@ class Written:
 
 
 class SnapshotVectorStore(BasePydanticVectorStore):
-    """Dense queries with MetadataFilters, sync and async. Opening takes the same time at any size.
+    """Dense, hybrid and text queries with MetadataFilters, sync and async. Opening takes the same time at any size.
+
+    A hybrid query fuses the dense order with BM25's by reciprocal rank. The similarity that it gives for a node is the
+    cosine in either order, so that a cut-off means the same in each mode: `query(..., similarity_cutoff=0.3)`.
 
     Filters mean what they mean in LlamaIndex's own store: a node without a key matches only `!=`, `nin`, `is_empty`.
     """
@@ -107,6 +123,7 @@ class SnapshotVectorStore(BasePydanticVectorStore):
     _local: threading.local = PrivateAttr()
     _connections: list[sqlite3.Connection] = PrivateAttr()
     _selected: Callable[[str], Mask] = PrivateAttr()
+    _matches: Callable[[str], int] = PrivateAttr()
 
     @classmethod
     def open(cls, path: Path, threads: int = 2) -> SnapshotVectorStore:
@@ -129,6 +146,7 @@ class SnapshotVectorStore(BasePydanticVectorStore):
             free.put(connection)
         store._local = threading.local()
         store._selected = functools.lru_cache(FILTERS_KEPT)(store._select)
+        store._matches = functools.lru_cache(WORDS_KEPT)(store._count_matches)
 
         def start() -> None:
             # For this thread alone: a second one would spin beside it for nothing.
@@ -160,16 +178,22 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         for connection in self._connections:
             connection.close()
         self._connections.clear()
-        # The cache holds this store, and the store the cache: neither would go before the garbage collector comes.
+        # The caches hold this store, and the store the caches: none would go before the garbage collector comes.
         self._selected = self._select
+        self._matches = self._count_matches
         self._index = None
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """Nodes with cosine similarities, best first. Raises ValueError for a query that it cannot answer."""
-        return self._pool.submit(self._query, query).result()
+        """Nodes with cosine similarities, best first. Raises ValueError for a query that it cannot answer.
+
+        Takes `similarity_cutoff`: nodes less similar are not candidates. (A text query has no cosines and gives BM25's
+        scores, the higher the better.)
+        """
+        return self._pool.submit(self._query, query, **kwargs).result()
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._query, query)
+        work = functools.partial(self._query, query, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
         """The nodes with these ids and metadata, in the order of the snapshot; all where neither is given."""
@@ -186,28 +210,90 @@ class SnapshotVectorStore(BasePydanticVectorStore):
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         raise ReadOnlyError("a snapshot loses no nodes: take the documents away and run `ragrack ingest`")
 
-    def _query(self, query: VectorStoreQuery) -> VectorStoreQueryResult:
-        if query.mode != VectorStoreQueryMode.DEFAULT:
-            raise ValueError(
-                f"query mode {query.mode.value!r} is not supported: use {VectorStoreQueryMode.DEFAULT.value!r}"
-            )
+    def _query(self, query: VectorStoreQuery, similarity_cutoff: float | None = None) -> VectorStoreQueryResult:
+        k = query.similarity_top_k
+        # A retriever of a VectorStoreIndex gives an empty list of ids when it means all.
+        mask = self._mask(query.filters, query.node_ids or None, query.doc_ids)
+        scored: list[tuple[int, float]]
+        match query.mode:
+            case VectorStoreQueryMode.DEFAULT:
+                scored = _above(self._search(self._vector(query), k, mask), similarity_cutoff)
+            case VectorStoreQueryMode.HYBRID:
+                scored = self._fused(self._vector(query), query.query_str or "", k, mask, similarity_cutoff)
+            case VectorStoreQueryMode.TEXT_SEARCH:
+                scored = self._match(query.query_str or "", k, mask)
+            case _:
+                modes = "'default', 'hybrid' or 'text_search'"
+                raise ValueError(f"query mode {query.mode.value!r} is not supported: use {modes}")
+        nodes = self._read([row for row, _ in scored])
+        similarities = [score for _, score in scored]
+        return VectorStoreQueryResult(nodes=nodes, similarities=similarities, ids=[node.node_id for node in nodes])
+
+    def _vector(self, query: VectorStoreQuery) -> Any:
         if query.query_embedding is None:
             raise ValueError("the query has no embedding: give the index an embed_model")
         vector = np.asarray([query.query_embedding], dtype=np.float32)
         if vector.shape != (1, self.dimensions):
             raise ValueError(f"the query's embedding has {vector.size} dimensions, the snapshot's {self.dimensions}")
-        # A retriever of a VectorStoreIndex gives an empty list of ids when it means all.
-        mask = self._mask(query.filters, query.node_ids or None, query.doc_ids)
-        rows, similarities = self._search(vector, query.similarity_top_k, mask)
-        nodes = self._read(rows)
-        return VectorStoreQueryResult(nodes=nodes, similarities=similarities, ids=[node.node_id for node in nodes])
+        return vector
 
-    def _search(self, vector: Any, k: int, mask: Mask | None) -> tuple[list[int], list[float]]:
+    def _fused(
+        self, vector: Any, text: str, k: int, mask: Mask | None, cutoff: float | None
+    ) -> list[tuple[int, float]]:
+        """Reciprocal rank fusion of the dense order with BM25's; each node with its cosine."""
+        candidates = max(2 * k, CANDIDATES)
+        dense = self._search(vector, candidates, mask)
+        similarity = dict(dense)
+        matched = [row for row, _ in self._match(text, candidates, mask)]
+        new = [row for row in matched if row not in similarity]
+        if new:
+            cosines = self._index.reconstruct_batch(np.asarray(new, dtype=np.int64)) @ vector[0]
+            similarity |= zip(new, cosines.tolist(), strict=True)
+        if cutoff is not None:
+            similarity = {row: cosine for row, cosine in similarity.items() if cosine >= cutoff}
+        fused = dict.fromkeys(similarity, 0.0)
+        for order in ([row for row, _ in dense], matched):
+            for rank, row in enumerate((row for row in order if row in fused), start=1):
+                fused[row] += 1 / (RRF_K + rank)
+        best = sorted(fused, key=lambda row: (-fused[row], -similarity[row], row))[:k]
+        return [(row, similarity[row]) for row in best]
+
+    def _match(self, text: str, k: int, mask: Mask | None) -> list[tuple[int, float]]:
+        """The nodes that hold any of the text's words, best first, by BM25."""
+        words = list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))[:WORDS_READ]
+        counts = {word: self._matches(word) for word in words}
+        frequent, budget, asked = max(len(self) // FREQUENT_SHARE, 1), MATCHES, []
+        for word in sorted((word for word in words if counts[word]), key=lambda word: counts[word]):
+            budget -= counts[word]
+            if counts[word] > frequent or budget < 0:
+                break
+            asked.append(word)
+        if not asked:
+            return []
+        ranked = self._execute(
+            "SELECT rowid, -bm25(node_text) FROM node_text WHERE node_text MATCH ? ORDER BY bm25(node_text), rowid",
+            " OR ".join(f'"{word}"' for word in asked),
+        )
+        allowed = (found for found in ranked if mask is None or mask[found[0] >> 3] >> (found[0] & 7) & 1)
+        best = list(itertools.islice(allowed, k))
+        ranked.close()
+        return best
+
+    def _count_matches(self, word: str) -> int:
+        """How many nodes hold the word in any of its forms; it stops counting where a word is too frequent."""
+        (count,) = self._execute(
+            "SELECT count(*) FROM (SELECT 1 FROM node_text WHERE node_text MATCH ? LIMIT ?)",
+            f'"{word}"',
+            MATCHES + 1,
+        ).fetchone()
+        return int(count)
+
+    def _search(self, vector: Any, k: int, mask: Mask | None) -> list[tuple[int, float]]:
         total = len(self)
         allowed = total if mask is None else int(np.bitwise_count(mask).sum())
         k = min(k, allowed)
         if k <= 0:
-            return [], []
+            return []
         chosen: dict[str, Any] = {}
         if mask is not None:
             chosen["sel"] = faiss.IDSelectorBitmap(mask)
@@ -222,7 +308,7 @@ class SnapshotVectorStore(BasePydanticVectorStore):
                 parameters = faiss.SearchParametersHNSW(efSearch=effort, **chosen)
         similarities, rows = index.search(vector, k, params=parameters)
         found = rows[0] >= 0
-        return rows[0][found].tolist(), similarities[0][found].tolist()
+        return list(zip(rows[0][found].tolist(), similarities[0][found].tolist(), strict=True))
 
     def _get_nodes(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[BaseNode]:
         mask = self._mask(filters, node_ids, None)
@@ -331,6 +417,10 @@ class SnapshotVectorStore(BasePydanticVectorStore):
             case FilterOperator.TEXT_MATCH_INSENSITIVE:
                 return matching(_HAS_TEXT_OF_ANY_CASE, [value.lower()])
         raise ValueError(f"the filter on {key!r} uses {operator.value!r}, which is not supported")
+
+
+def _above(scored: list[tuple[int, float]], cutoff: float | None) -> list[tuple[int, float]]:
+    return scored if cutoff is None else [(row, score) for row, score in scored if score >= cutoff]
 
 
 _NEED_A_LIST = {FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL}

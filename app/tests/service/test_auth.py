@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ragrack.auth import (
+    THE_GATE,
     ApiKey,
     Authenticator,
     Identity,
@@ -17,6 +20,7 @@ from ragrack.auth import (
     hash_key,
     new_key,
     read_keys,
+    revoke_key,
     write_gate_key,
 )
 from ragrack.snapshot import write_file
@@ -90,11 +94,60 @@ def test_the_gates_key_works_without_a_keys_file_and_is_private(authenticator: A
     write_gate_key(path)
     first = path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert authenticator.identify(first) == Identity("gate")
+    assert authenticator.identify(first) == THE_GATE
     write_gate_key(path)
     assert authenticator.identify(first) is None
-    assert authenticator.identify(path.read_text()) == Identity("gate")
+    assert authenticator.identify(path.read_text()) == THE_GATE
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_key_brings_its_tenant_and_its_roles(authenticator: Authenticator, keys_file: Path) -> None:
+    write(keys_file, entry("one", "k1", tenant="acme", roles=["ingester", "reader"]), entry("two", "k2"))
+    assert authenticator.identify("k1") == Identity("one", "acme", frozenset({"reader", "ingester"}))
+    assert authenticator.identify("k2") == Identity("two", None, frozenset({"reader"}))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"tenant": "../a"}, {"tenant": ""}, {"tenant": "a\n"}, {"tenant": 7}, {"roles": []}, {"roles": ["root"]}],
+)
+def test_a_tenant_or_role_that_is_none_is_refused(keys_file: Path, more: dict[str, Any]) -> None:
+    write(keys_file, entry("one", "k1", **more))
+    with pytest.raises(KeysError, match=rf"keys\.0\.{next(iter(more))}"):
+        read_keys(keys_file)
+
+
+def test_a_revoked_key_is_refused_at_once_and_keeps_its_name_its_file_its_mode(
+    authenticator: Authenticator, keys_file: Path
+) -> None:
+    write(keys_file, entry("one", "k1"), entry("two", "k2"))
+    keys_file.chmod(0o640)
+    assert authenticator.identify("k1") == Identity("one")
+    moment = datetime.now(UTC)
+    revoke_key(keys_file, "one", moment)
+    assert authenticator.identify("k1") is None
+    assert authenticator.identify("k2") == Identity("two")
+    assert stat.S_IMODE(keys_file.stat().st_mode) == 0o640
+    # Again: it was revoked when it was.
+    assert revoke_key(keys_file, "one", datetime.now(UTC) + timedelta(days=1)).revoked == moment
+    with pytest.raises(KeysError, match="one is taken"):
+        add_key(keys_file, ApiKey(name="one", sha256=hash_key("k3")))
+    with pytest.raises(KeysError, match=r"no key three.*one, two"):
+        revoke_key(keys_file, "three", moment)
+
+
+def test_of_many_who_change_the_file_at_once_none_undoes_anothers(keys_file: Path) -> None:
+    names = [f"key-{number}" for number in range(24)]
+
+    def make_and_revoke(name: str) -> None:
+        add_key(keys_file, ApiKey(name=name, sha256=hash_key(name)))
+        revoke_key(keys_file, name, datetime.now(UTC))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(make_and_revoke, names))
+    keys = read_keys(keys_file)
+    assert {key.name for key in keys} == set(names)
+    assert all(key.revoked for key in keys)
 
 
 def test_add_key_keeps_the_others_and_refuses_a_name_that_is_taken(keys_file: Path) -> None:

@@ -180,7 +180,7 @@ async def test_no_request_writes_to_llamaindexs_globals(client: httpx.AsyncClien
 async def test_the_openapi_describes_errors_as_problems(client: httpx.AsyncClient) -> None:
     description = (await client.get("/openapi.json")).json()
     responses = description["paths"]["/query"]["post"]["responses"]
-    assert set(responses) == {"200", "401", "413", "422", "503"}
+    assert set(responses) == {"200", "400", "401", "403", "413", "422", "503", "504"}
     for status in ("401", "413", "422", "503"):
         assert list(responses[status]["content"]) == ["application/problem+json"]
     text = json.dumps(description)
