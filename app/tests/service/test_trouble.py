@@ -229,7 +229,7 @@ async def test_retrieval_never_notices_the_llm(
     settings: Settings, run: Running, first: Faulty, fault: Behaviour
 ) -> None:
     first.default = fault
-    more = {"llm_in_flight": 1, "llm_queue": 1, "llm_breaker_failures": 1, "degrade": False}
+    more: dict[str, Any] = {"llm_in_flight": 1, "llm_queue": 1, "llm_breaker_failures": 1, "degrade": False}
     async with run(generating(settings, first, **more)) as client:
         held = [asyncio.create_task(ask(client)) for _ in range(5)]
         await first.called()
