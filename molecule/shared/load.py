@@ -40,7 +40,7 @@ class Load:
     """
 
     def __init__(
-        self, urls: list[str], *, key: str, ca: Path, questions: list[str], clients: int = 4, pause: float = 0.05
+        self, urls: list[str], *, key: str, ca: Path, questions: list[str], clients: int = 4, pause: float = 0.1
     ) -> None:
         self.count = Count()
         self._urls, self._key, self._ca, self._questions = urls, key, ca, questions
