@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.release_host import Place
+    from testing.release_host import Place
 
 PLUGINS = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ for utility in sorted((PLUGINS / "module_utils").glob("*.py")):
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """A host that was prepared and that an artifact was shipped to. What it runs is stopped after the test."""
-    from tests.release_host import Place
+    from testing.release_host import Place
 
     with tempfile.TemporaryDirectory(prefix="ragrack-") as directory:  # short: sockets have 107 bytes for their path
         made = Place(Path(directory))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from module_utils.fleet_lock import FleetLock, Holder
 from module_utils.release_state import History, StateError
-from tests.release_host import play
+from testing.release_host import play
 
 ANN = Holder("run-1", "ann", "control1", "machine1", "boot1", 41, "1000", "deploy 0.2.0")
 BEN = Holder("run-2", "ben", "control2", "machine2", "boot2", 42, "2000", "rollback")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from modules import ragrack_lock, ragrack_release
-from tests.release_host import REPO, Place, play
+from testing.release_host import REPO, Place, play
 
 A, B, BAD = "0.1.0-aaaaaaaaaaaa", "0.1.0-bbbbbbbbbbbb", "0.1.0-dddddddddddd"
 CASES: list[tuple[str, dict[str, Any]]] = [

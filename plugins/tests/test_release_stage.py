@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from module_utils.release_state import StateError
 from modules import ragrack_release
-from tests.release_host import UV, Place
+from testing.release_host import UV, Place
 
 ID = "0.1.0-0123456789ab"
 OTHER = "0.1.0-ba9876543210"

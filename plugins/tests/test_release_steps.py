@@ -14,7 +14,7 @@ from module_utils.fleet_lock import FleetLock, Holder
 from module_utils.release_service import Systemd, Unit, reasons, wait_for_empty_backlog, wait_until_ready
 from module_utils.release_state import StateError
 from modules import ragrack_release
-from tests.release_host import FINGERPRINT, Place
+from testing.release_host import FINGERPRINT, Place
 
 A, B, C = "0.1.0-aaaaaaaaaaaa", "0.1.0-bbbbbbbbbbbb", "0.1.0-cccccccccccc"
 
