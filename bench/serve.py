@@ -110,14 +110,15 @@ def _measure(root: Path, model: Path, sizes: list[int], seconds: int) -> Json:
             size["floor"] = _floor(corpus, model)
             for route in ("retrieve", "query"):
                 size[f"{route}_times"] = {
-                    str(n): round(
-                        size["ragrack"][route][str(n)]["requests_per_second"]
-                        / max(0.01, size["seed"][route][str(n)]["requests_per_second"]),
-                        1,
-                    )
+                    str(n): _times(*(size[side][route][str(n)]["requests_per_second"] for side in ("ragrack", "seed")))
                     for n in CONNECTIONS
                 }
     return figures
+
+
+def _times(ours: float, seed: float) -> float | None:
+    """None where the seed answered nothing in that time: give more seconds."""
+    return round(ours / seed, 1) if seed else None
 
 
 def _write_documents(directory: Path, nodes: int) -> None:
