@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from llama_index.core.schema import TextNode
-from ragrack.embedding import MiniLMEmbedding
+from ragrack.embedding import MiniLMEmbedding, tenant
 from ragrack.fingerprint import ModelError
 
 TEXTS = ["VACUUM reclaims dead rows.", "A partial index has a predicate.", "short", "word " * 400]
@@ -111,3 +111,14 @@ async def test_the_texts_asked_for_last_are_kept_and_their_vectors_are_the_same(
     finally:
         model.close()
         fresh.close()
+
+
+async def test_a_vector_that_one_tenant_left_is_not_there_for_another(model_dir: Path) -> None:
+    model = MiniLMEmbedding.load(model_dir, keep=10)
+    try:
+        for name, kept in (("a", 1), ("b", 2), ("a", 2), (None, 3)):
+            tenant.set(name)
+            await model.aget_query_embedding("Who asked this before?")
+            assert len(model._kept._vectors) == kept
+    finally:
+        model.close()

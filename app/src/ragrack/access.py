@@ -13,6 +13,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
+from ragrack import embedding
 from ragrack.auth import Authenticator, Identity, Role
 from ragrack.problems import ProblemError
 from ragrack.settings import Settings
@@ -40,6 +41,7 @@ async def _caller(
         detail = "Give a valid API key: `Authorization: Bearer <key>`, or `X-API-Key: <key>`."
         raise ProblemError(HTTPStatus.UNAUTHORIZED, detail, headers={"WWW-Authenticate": "Bearer"})
     request.state.identity, request.state.tenant = identity.name, identity.tenant
+    embedding.tenant.set(identity.tenant)
     return _placed(identity, settings)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +20,19 @@ from tokenizers import Tokenizer
 
 from ragrack.fingerprint import ModelError, read_model_json
 
+tenant: ContextVar[str | None] = ContextVar("tenant", default=None)
+"""Whose request this is. A vector that one tenant's question left must not make another's faster: time tells, too."""
+
 
 class _Kept:
-    """The vectors asked for last, by their texts' hashes: 1.7 kB each, whatever the text's length."""
+    """The vectors asked for last, by tenant and text: 1.7 kB each, whatever the text's length."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
         self._vectors: OrderedDict[bytes, np.ndarray[tuple[int], np.dtype[np.float32]]] = OrderedDict()
 
-    def get(self, text: str) -> list[float] | None:
-        if not self._most:
-            return None
-        key = self._key(text)
+    def get(self, key: bytes) -> list[float] | None:
         with self._lock:
             vector = self._vectors.get(key)
             if vector is None:
@@ -39,17 +41,19 @@ class _Kept:
         found: list[float] = vector.tolist()
         return found
 
-    def put(self, text: str, vector: list[float]) -> None:
+    def put(self, key: bytes, vector: list[float]) -> None:
         if not self._most:
             return
         with self._lock:
-            self._vectors[self._key(text)] = np.array(vector, dtype=np.float32)
+            self._vectors[key] = np.array(vector, dtype=np.float32)
             while len(self._vectors) > self._most:
                 self._vectors.popitem(last=False)
 
-    @staticmethod
-    def _key(text: str) -> bytes:
-        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+def _key(text: str) -> bytes:
+    """Of this text for whom this context works; the pool's threads have no context of their own."""
+    whose = json.dumps([tenant.get(), text]).encode()
+    return hashlib.blake2b(whose, digest_size=16).digest()
 
 
 class MiniLMEmbedding(BaseEmbedding):
@@ -117,11 +121,11 @@ class MiniLMEmbedding(BaseEmbedding):
         """Ends the threads."""
         self._pool.shutdown()
 
-    def _remembered(self, text: str) -> list[float]:
-        vector = self._kept.get(text)
+    def _remembered(self, text: str, key: bytes) -> list[float]:
+        vector = self._kept.get(key)
         if vector is None:
             vector = self._embed(text)
-            self._kept.put(text, vector)
+            self._kept.put(key, vector)
         return vector
 
     def _embed(self, text: str) -> list[float]:
@@ -132,14 +136,15 @@ class MiniLMEmbedding(BaseEmbedding):
     def _embed_all(self, texts: Sequence[str]) -> list[list[float]]:
         # The longest first: no core is left alone with one at the end.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        vectors = dict(zip(order, self._pool.map(self._remembered, (texts[i] for i in order)), strict=True))
+        ordered = [texts[i] for i in order]
+        vectors = dict(zip(order, self._pool.map(self._remembered, ordered, map(_key, ordered)), strict=True))
         return [vectors[i] for i in range(len(texts))]
 
     def _get_query_embedding(self, query: str) -> list[float]:
-        return self._remembered(query)
+        return self._remembered(query, _key(query))
 
     def _get_text_embedding(self, text: str) -> list[float]:
-        return self._remembered(text)
+        return self._remembered(text, _key(text))
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return self._embed_all(texts)
@@ -155,7 +160,8 @@ class MiniLMEmbedding(BaseEmbedding):
 
     async def _in_pool(self, text: str) -> list[float]:
         # Here already, not in the pool: what is known need not wait behind what is not.
-        vector = self._kept.get(text)
+        key = _key(text)
+        vector = self._kept.get(key)
         if vector is None:
-            vector = await asyncio.get_running_loop().run_in_executor(self._pool, self._remembered, text)
+            vector = await asyncio.get_running_loop().run_in_executor(self._pool, self._remembered, text, key)
         return vector
