@@ -99,6 +99,8 @@ async def write(
         raise ProblemError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail) from error
     except InTheWayError as error:
         raise _in_the_way() from error
+    except PermissionError as error:
+        raise _kept_elsewhere() from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ProblemError(HTTPStatus.INSUFFICIENT_STORAGE, "The host has no room for it.") from error
@@ -115,6 +117,8 @@ async def remove(caller: Ingester, collection: CollectionName, path: DocumentPat
         documents.remove(path)
     except FileNotFoundError as error:
         raise _missing() from error
+    except PermissionError as error:
+        raise _kept_elsewhere() from error
     except InTheWayError as error:
         raise _in_the_way() from error
 
@@ -132,6 +136,11 @@ def _documents(caller: Identity, collection: str, path: str, settings: Settings)
 
 def _missing() -> ProblemError:
     return ProblemError(HTTPStatus.NOT_FOUND, "There is no such document.")
+
+
+def _kept_elsewhere() -> ProblemError:
+    detail = "The documents of this collection come from elsewhere and are not changed here."
+    return ProblemError(HTTPStatus.CONFLICT, detail)
 
 
 def _in_the_way() -> ProblemError:
