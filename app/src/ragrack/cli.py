@@ -12,27 +12,25 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ragrack import index_cli
+from ragrack.command import RefusedError, collections_of, directory_of, print_json
+from ragrack.index_cli import figures
 from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
 
 if TYPE_CHECKING:
     from ragrack.golden import GoldenSet
-    from ragrack.snapshot import SnapshotDir
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
-    except (SettingsError, _RefusedError) as error:
+    except (SettingsError, RefusedError) as error:
         print(error, file=sys.stderr)
         return 1
     return status
-
-
-class _RefusedError(Exception):
-    """Ends the command with this message and status 1."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,14 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("--json", action="store_true", help="progress and result as JSON lines")
     ingest.set_defaults(run=_ingest)
 
-    index = commands.add_parser("index", help="look at snapshots").add_subparsers(required=True, metavar="COMMAND")
-    for name, what in (("list", "list snapshots"), ("show", "show one"), ("verify", "compare one with its manifest")):
-        command = index.add_parser(name, help=what)
-        command.add_argument("--collection", help="of this collection; all by default")
-        if name != "list":
-            command.add_argument("--snapshot", help="its id; the current one by default")
-        command.add_argument("--json", action="store_true")
-        command.set_defaults(run=_INDEX[name])
+    index_cli.add_commands(commands)
 
     golden = commands.add_parser("golden", help="ask a running service its golden questions")
     where = golden.add_mutually_exclusive_group(required=True)
@@ -147,7 +138,7 @@ def _examine(arguments: argparse.Namespace) -> tuple[Settings | None, list[Probl
 def _config_check(arguments: argparse.Namespace) -> int:
     _, problems = _examine(arguments)
     if arguments.json:
-        _print_json([problem.as_dict() for problem in problems])
+        print_json([problem.as_dict() for problem in problems])
     elif problems:
         print(SettingsError(problems))
     else:
@@ -167,7 +158,7 @@ def _config_fingerprint(arguments: argparse.Namespace) -> int:
     try:
         print(Fingerprint.of(settings, arguments.model_dir).digest)
     except ModelError as error:
-        raise _RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
     return 0
 
 
@@ -178,9 +169,9 @@ def _settings_table(_: argparse.Namespace) -> int:
 
 def _ingest(arguments: argparse.Namespace) -> int:
     settings = load()
-    collections = _collections(settings, arguments.collection)
+    collections = collections_of(settings, arguments.collection)
     if arguments.missing:
-        collections = [name for name in collections if _directory(settings, name).current_id() is None]
+        collections = [name for name in collections if directory_of(settings, name).current_id() is None]
     if not collections:
         print("every collection has a snapshot", file=sys.stderr)
         return 0
@@ -196,63 +187,10 @@ def _ingest(arguments: argparse.Namespace) -> int:
             continue
         manifest = snapshot.manifest
         if arguments.json:
-            _print_json({"collection": name, "snapshot": snapshot.id, **_figures(manifest)})
+            print_json({"collection": name, "snapshot": snapshot.id, **figures(manifest)})
         else:
             print(f"{name}: snapshot {snapshot.id}, {manifest.documents} documents, {manifest.nodes} nodes")
     return failed
-
-
-def _index_list(arguments: argparse.Namespace) -> int:
-    rows = []
-    for directory in _directories(arguments.collection):
-        current = directory.current_id()
-        for snapshot in directory.list():
-            row = {"collection": directory.collection, "fingerprint": directory.fingerprint, "snapshot": snapshot.id}
-            rows.append({**row, "current": snapshot.id == current, **_figures(snapshot.manifest)})
-    if arguments.json:
-        _print_json(rows)
-        return 0
-    for row in rows:
-        mark = "*" if row["current"] else " "
-        print(f"{mark} {row['collection']} {row['fingerprint']} {row['snapshot']} {row['nodes']} nodes")
-    return 0
-
-
-def _index_show(arguments: argparse.Namespace) -> int:
-    import dataclasses
-
-    from ragrack.snapshot import SnapshotError
-
-    shown = []
-    try:
-        for directory, snapshot_id in _chosen(arguments):
-            shown.append(dataclasses.asdict(directory.get(snapshot_id).manifest))
-    except SnapshotError as error:
-        raise _RefusedError(str(error)) from error
-    _print_json(shown)
-    return 0
-
-
-def _index_verify(arguments: argparse.Namespace) -> int:
-    from ragrack.snapshot import SnapshotError
-
-    results = []
-    for directory, snapshot_id in _chosen(arguments):
-        problem = None
-        try:
-            directory.verify(snapshot_id)
-        except SnapshotError as error:
-            problem = str(error)
-        results.append({"collection": directory.collection, "snapshot": snapshot_id, "problem": problem})
-    if arguments.json:
-        _print_json(results)
-    else:
-        for result in results:
-            print(f"{result['collection']} {result['snapshot']}: {result['problem'] or 'as its manifest says'}")
-    return 1 if any(result["problem"] for result in results) else 0
-
-
-_INDEX = {"list": _index_list, "show": _index_show, "verify": _index_verify}
 
 
 def _ask(arguments: argparse.Namespace) -> int:
@@ -267,7 +205,7 @@ def _ask(arguments: argparse.Namespace) -> int:
             generate=arguments.generate,
         )
     except AskError as error:
-        raise _RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
     print(as_json(answer) if arguments.json else as_text(answer))
     return 0
 
@@ -283,9 +221,9 @@ def _golden(arguments: argparse.Namespace) -> int:
     try:
         report = asyncio.run(ask(target, arguments.collection, golden, allow_degraded=arguments.allow_degraded))
     except GateError as error:
-        raise _RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
     if arguments.json:
-        _print_json(report.as_dict())
+        print_json(report.as_dict())
     else:
         print(report.summary())
     return 0 if report.passed else 1
@@ -295,7 +233,7 @@ def _key(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
     except OSError as error:
-        raise _RefusedError(f"the API key cannot be read from {path}: {error.strerror}") from error
+        raise RefusedError(f"the API key cannot be read from {path}: {error.strerror}") from error
 
 
 def _golden_set(arguments: argparse.Namespace) -> GoldenSet | None:
@@ -309,7 +247,7 @@ def _golden_set(arguments: argparse.Namespace) -> GoldenSet | None:
     try:
         return GoldenSet.load(path, float(rate))
     except GoldenError as error:
-        raise _RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
 
 
 def _keys_new(arguments: argparse.Namespace) -> int:
@@ -331,12 +269,12 @@ def _keys_new(arguments: argparse.Namespace) -> int:
     except ValidationError as error:
         options = {"roles": "role"}
         complaints = [f"--{options.get(str(e['loc'][0]), e['loc'][0])}: {e['msg']}" for e in error.errors()]
-        raise _RefusedError("; ".join(complaints)) from error
+        raise RefusedError("; ".join(complaints)) from error
     except KeysError as error:
-        raise _RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
     stored = entry.model_dump(mode="json", exclude_none=True)
     if arguments.json:
-        _print_json({"key": key, **stored})
+        print_json({"key": key, **stored})
     else:
         print(f"key:   {key}\nentry: {json.dumps(stored)}")
         print("The key is shown this once.", file=sys.stderr)
@@ -352,10 +290,10 @@ def _keys_list(arguments: argparse.Namespace) -> int:
     try:
         keys = read_keys(arguments.file)
     except KeysError as error:
-        raise _RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
     if arguments.json:
         hidden = {"sha256"}
-        _print_json([key.model_dump(mode="json", exclude=hidden) | {"state": key.state(now)} for key in keys])
+        print_json([key.model_dump(mode="json", exclude=hidden) | {"state": key.state(now)} for key in keys])
         return 0
     for key in keys:
         state = key.state(now)
@@ -374,9 +312,9 @@ def _keys_revoke(arguments: argparse.Namespace) -> int:
     try:
         key = revoke_key(arguments.file, arguments.name, datetime.now(UTC))
     except KeysError as error:
-        raise _RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
     if arguments.json:
-        _print_json(key.model_dump(mode="json", exclude={"sha256"}))
+        print_json(key.model_dump(mode="json", exclude={"sha256"}))
     else:
         print(f"{key.name} is revoked since {key.revoked:%Y-%m-%d %H:%M:%S} UTC")
         print(
@@ -391,50 +329,3 @@ def _keys_hash(_: argparse.Namespace) -> int:
 
     print(hash_key(sys.stdin.read().strip()))
     return 0
-
-
-def _collections(settings: Settings, named: list[str] | None) -> list[str]:
-    unknown = sorted(set(named or ()) - set(settings.collections))
-    if unknown:
-        raise _RefusedError(
-            f"no such collection: {', '.join(unknown)}. Those there are: {', '.join(settings.collections)}"
-        )
-    return list(named or settings.collections)
-
-
-def _directory(settings: Settings, collection: str) -> SnapshotDir:
-    from ragrack.fingerprint import Fingerprint, ModelError
-    from ragrack.snapshot import SnapshotDir
-
-    try:
-        return SnapshotDir(settings.index_dir, collection, Fingerprint.of(settings).digest)
-    except ModelError as error:
-        raise _RefusedError(str(error)) from error
-
-
-def _directories(collection: str | None) -> list[SnapshotDir]:
-    """Of every fingerprint: those of other releases are worth seeing too, so no embedding model is asked for."""
-    from ragrack.snapshot import SnapshotDir
-
-    root = Path(os.environ.get("RAGRACK_INDEX_DIR") or Settings.model_fields["index_dir"].default)
-    return [d for d in SnapshotDir.all(root) if collection in (None, d.collection)]
-
-
-def _chosen(arguments: argparse.Namespace) -> list[tuple[SnapshotDir, str]]:
-    chosen = []
-    for directory in _directories(arguments.collection):
-        snapshot_id = arguments.snapshot or directory.current_id()
-        if snapshot_id is not None and (arguments.snapshot is None or (directory.snapshots / snapshot_id).is_dir()):
-            chosen.append((directory, snapshot_id))
-    if not chosen:
-        raise _RefusedError("there is no such snapshot; `ragrack index list` shows those there are")
-    return chosen
-
-
-def _figures(manifest: Any) -> dict[str, Any]:
-    names = ("created", "documents", "nodes", "engine", "golden", "skipped")
-    return {name: getattr(manifest, name) for name in names}
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False))
