@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from llama_index.core.schema import MetadataMode
 from ragrack.fingerprint import Fingerprint
-from ragrack.ingest import IngestError, ingest, progress_to
+from ragrack.ingest import IngestError, ingest
+from ragrack.progress import progress_to
 from ragrack.settings import Settings
 from ragrack.snapshot import Snapshot, SnapshotDir
 from ragrack.store import SnapshotVectorStore
@@ -205,7 +206,7 @@ def test_two_at_once_are_refused(settings: Settings) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         held.write("process 4711 since 20261124T000000Z")
         held.flush()
-        with pytest.raises(IngestError, match=r"another ingest .*\(process 4711 since 20261124T000000Z\)"):
+        with pytest.raises(IngestError, match=r"another ingest or pull .*\(process 4711 since 20261124T000000Z\)"):
             run(settings)
     assert run(settings)[0].id == first.id
 
@@ -243,9 +244,9 @@ def test_killed_at_any_point_it_can_be_run_again(settings: Settings) -> None:
             f"Page {number}\n\n" + f"Sentence of page {number} that has some words in it. " * 60
         )
     code = (
-        "import sys, ragrack.ingest as i; from ragrack.settings import Settings\n"
+        "import sys, ragrack.ingest as i, ragrack.progress as p; from ragrack.settings import Settings\n"
         "i.BATCH_CHARACTERS = 5_000\n"
-        "i.ingest(Settings.model_validate_json(sys.argv[1]), 'manual', i.progress_to(sys.stdout, True))"
+        "i.ingest(Settings.model_validate_json(sys.argv[1]), 'manual', p.progress_to(sys.stdout, True))"
     )
     command = [sys.executable, "-c", code, settings.model_dump_json()]
     staging = directory(settings).root / "staging.sqlite"
@@ -279,8 +280,8 @@ def test_it_writes_only_below_the_index_directory(settings: Settings, tmp_path: 
     home = tmp_path / "home"
     home.mkdir()
     code = (
-        "import sys, ragrack.ingest as i; from ragrack.settings import Settings\n"
-        "i.ingest(Settings.model_validate_json(sys.argv[1]), 'manual', i.progress_to(sys.stdout, True))"
+        "import sys, ragrack.ingest as i, ragrack.progress as p; from ragrack.settings import Settings\n"
+        "i.ingest(Settings.model_validate_json(sys.argv[1]), 'manual', p.progress_to(sys.stdout, True))"
     )
     before = time.time_ns()
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home / "no-such-directory")}

@@ -175,7 +175,8 @@ def _ingest(arguments: argparse.Namespace) -> int:
     if not collections:
         print("every collection has a snapshot", file=sys.stderr)
         return 0
-    from ragrack.ingest import IngestError, ingest, progress_to
+    from ragrack.ingest import IngestError, ingest
+    from ragrack.progress import progress_to
 
     failed = 0
     for name in collections:

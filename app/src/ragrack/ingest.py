@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
-import json
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING
 
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.schema import BaseNode, Document
@@ -26,7 +23,9 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 from ragrack import tenants
 from ragrack.fingerprint import Fingerprint, ModelError
 from ragrack.golden import GoldenError, GoldenReport, GoldenSet, evaluate
+from ragrack.lock import BusyError, building
 from ragrack.parts import Embedding, node_parser, open_embedding
+from ragrack.progress import Progress
 from ragrack.readers import DocumentError, find_documents, read_document
 from ragrack.remote import EmbeddingUnavailableError
 from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, timestamp
@@ -44,12 +43,6 @@ KEEP = 5
 
 class IngestError(Exception):
     """The live snapshot is the one it was; the message says why and what mends it."""
-
-
-class Progress(Protocol):
-    """Told of each batch; `note` is for a person's eyes: a document that was skipped, the golden questions' result."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
 
 def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
@@ -73,7 +66,7 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
     staged = directory.root / "staging.sqlite"
     try:
         directory.snapshots.mkdir(parents=True, exist_ok=True)
-        with _locked(settings.index_dir / collection / ".ingest.lock"), contextlib.ExitStack() as stack:
+        with building(settings.index_dir, collection), contextlib.ExitStack() as stack:
             threads = settings.ingest_threads or len(os.sched_getaffinity(0))
             embedding = open_embedding(settings, threads)
             stack.callback(embedding.close)
@@ -86,7 +79,7 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
             snapshot = _publish(staging, embedding, directory, fingerprint, golden, progress)
             directory.flip(snapshot.id, "ingest")
             directory.prune(KEEP)
-    except (ModelError, SnapshotError, EmbeddingUnavailableError) as error:
+    except (BusyError, ModelError, SnapshotError, EmbeddingUnavailableError) as error:
         raise IngestError(str(error)) from error
     except sqlite3.OperationalError as error:
         raise IngestError(f"cannot write below {directory.root}: {error}") from error
@@ -258,63 +251,3 @@ def _counted(nodes: Iterator[BaseNode], total: int, progress: Progress) -> Itera
 
 def _node_id(number: int, document: BaseNode) -> str:
     return f"{document.node_id}#{number}"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The kernel lets go of it when the process dies, however it does."""
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise IngestError(
-                f"another ingest of this collection is running ({file.read().strip() or 'it has just begun'}): "
-                "wait for it, or stop it"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} since {timestamp()}")
-        file.flush()
-        yield
-        file.truncate(0)
-
-
-def progress_to(stream: TextIO, as_json: bool) -> Progress:
-    """A bar on a terminal; else, or with as_json, JSON lines: at most one a second, and every note."""
-    return _Bar(stream) if stream.isatty() and not as_json else _JsonLines(stream)
-
-
-class _JsonLines:
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._stage = ""
-        self._last = 0.0
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        now = time.monotonic()
-        if note or stage != self._stage or done == total or now - self._last >= 1:
-            line = {"stage": stage, "done": done, "total": total} | ({"note": note} if note else {})
-            print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
-            self._stage, self._last = stage, now
-
-
-class _Bar:
-    WIDTH = 30
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._stage = ""
-        self._start = 0.0
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        now = time.monotonic()
-        if stage != self._stage:
-            self._stream.write("\n" if self._stage else "")
-            self._stage, self._start = stage, now
-        if note:
-            self._stream.write(f"\r\x1b[K{note}\n")
-        filled = self.WIDTH * done // total if total else self.WIDTH
-        bar = "#" * filled + "." * (self.WIDTH - filled)
-        self._stream.write(f"\r\x1b[K{stage:<6} [{bar}] {done}/{total} {now - self._start:.0f} s")
-        self._stream.write("\n" if stage == "done" else "")
-        self._stream.flush()
