@@ -7,12 +7,13 @@ import functools
 import importlib.metadata
 import logging
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
-from ragrack import hooks, problems, tokens
+from ragrack import deadline, hooks, problems, tokens
 from ragrack.admission import Admission
 from ragrack.auth import Authenticator
 from ragrack.context import RequestContext
@@ -25,11 +26,23 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
 
+_TIMEOUT = {
+    "name": deadline.HEADER,
+    "in": "header",
+    "description": "Seconds that the client waits; the service's own limit where it is shorter.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+    "example": 10,
+}
+
 
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         description = super().openapi()
         description["components"]["schemas"] |= problems.schemas()
+        for operations in description["paths"].values():
+            for operation in operations.values():
+                if str(HTTPStatus.GATEWAY_TIMEOUT.value) in operation["responses"]:
+                    operation["parameters"] = [*operation.get("parameters", ()), _TIMEOUT]
         return description
 
 

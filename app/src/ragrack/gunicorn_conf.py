@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from ragrack import logging as ragrack_logging
+from ragrack import preload
 from ragrack.auth import write_gate_key
 from ragrack.settings import SettingsError, load
 
@@ -25,7 +26,7 @@ bind = f"unix:{_settings.socket}"
 umask = 0o117
 workers = _settings.workers
 worker_class = {"uvicorn": "uvicorn_worker.UvicornWorker", "asgi": "asgi"}[_settings.worker_class]
-# Workers open indexes and clients themselves: neither mapped files nor an event loop survive a fork.
+# Workers open indexes, models and clients themselves: neither threads nor an event loop survive a fork.
 preload_app = False
 # A worker that has not come back to its loop for so long hangs, and is replaced.
 timeout = 60
@@ -50,6 +51,7 @@ def on_starting(_: object) -> None:
     metrics = _settings.runtime_dir / "metrics"
     shutil.rmtree(metrics, ignore_errors=True)
     metrics.mkdir()
+    preload.import_all(_settings)
 
 
 def child_exit(_: object, worker: Any) -> None:

@@ -14,11 +14,16 @@ import llama_index.core
 from llama_index.core import Settings as LlamaSettings
 from llama_index.core.callbacks import CallbackManager, CBEventType
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
-from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
+from llama_index.core.indices.prompt_helper import DEFAULT_PADDING, ChatPromptHelper, PromptHelper
+from llama_index.core.llms import LLM
+from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.settings import _Settings
 
 from ragrack.parts import node_parser
 from ragrack.settings import Settings
+
+# What a chat template may add to the text of its messages: roles, and the marks between them.
+MESSAGE_TOKENS = 32
 
 
 class GlobalFallbackError(RuntimeError):
@@ -54,6 +59,29 @@ class _NoCallbacks(CallbackManager):
         pass
 
 
+class WindowHelper(PromptHelper):
+    """Leaves text that fits the LLM's window as it is. LlamaIndex's own first works out how it would be split, with
+    an event loop in a thread of its own each time: several milliseconds of every generated answer.
+    """
+
+    def repack(
+        self,
+        prompt: BasePromptTemplate,
+        text_chunks: Sequence[str],
+        padding: int = DEFAULT_PADDING,
+        llm: LLM | None = None,
+        tools: list[Any] | None = None,
+    ) -> list[str]:
+        text = "\n\n".join(chunk.strip() for chunk in text_chunks if chunk.strip())
+        missing = dict.fromkeys(set(prompt.template_vars) - prompt.kwargs.keys(), "")
+        whole = prompt.format(llm=llm, **missing) + text
+        room = self.context_window - self.num_output - padding - MESSAGE_TOKENS
+        if text and not tools and self._token_counter.get_string_tokens(whole) <= room:
+            return [text]
+        packed: list[str] = super().repack(prompt, text_chunks, padding=padding, llm=llm, tools=tools)
+        return packed
+
+
 class _Sealed(_Settings):
     """The same object: nothing of it can be changed, and what would reach for OpenAI cannot be read."""
 
@@ -84,7 +112,9 @@ def globals_sealed(
     LlamaSettings.callback_manager = CallbackManager(list(handlers)) if handlers else _NoCallbacks()
     LlamaSettings.node_parser = node_parser(settings, embedding_tokens)
     LlamaSettings.transformations = [LlamaSettings.node_parser]
-    LlamaSettings.prompt_helper = PromptHelper(settings.context_window, settings.num_output, tokenizer=tokens)
+    LlamaSettings.prompt_helper = WindowHelper(
+        context_window=settings.context_window, num_output=settings.num_output, chunk_size_limit=None, tokenizer=tokens
+    )
     LlamaSettings.chat_prompt_helper = ChatPromptHelper(settings.context_window, settings.num_output, tokenizer=tokens)
     LlamaSettings.__class__ = _Sealed
     try:

@@ -14,6 +14,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from pydantic import PrivateAttr
 
 from ragrack.problems import ProblemError
+from ragrack.upstream import Policy, Upstream
 
 if TYPE_CHECKING:
     from ragrack.settings import Settings
@@ -37,6 +38,7 @@ class RemoteEmbedding(BaseEmbedding):
     """Asked for by LlamaIndex's OpenAILikeEmbedding; made unit vectors, as the store compares by inner product."""
 
     _model: Any = PrivateAttr()
+    _async_model: Any = PrivateAttr()
     _dimensions: int = PrivateAttr()
     _encoding: Any = PrivateAttr()
     _clients: list[Any] = PrivateAttr()
@@ -50,19 +52,29 @@ class RemoteEmbedding(BaseEmbedding):
 
         # LlamaIndex takes a transformation's identity from its name: another model must not have this one's.
         embedding = cls(model_name=settings.embed_model or "", embed_batch_size=BATCH)
-        sync_client, async_client = httpx.Client(), httpx.AsyncClient()
-        embedding._clients = [sync_client, async_client]
-        embedding._model = OpenAILikeEmbedding(
-            model_name=settings.embed_model or "",
-            api_base=str(settings.embed_base_url).rstrip("/"),
-            # The client insists on a key; servers that ask for none ignore it.
-            api_key=settings.embed_api_key.get_secret_value() if settings.embed_api_key else "none",
+        policy = Policy(
             timeout=settings.embed_timeout,
-            embed_batch_size=BATCH,
-            max_retries=0,
-            http_client=sync_client,
-            async_http_client=async_client,
+            in_flight=settings.llm_in_flight,
+            queue=settings.llm_queue,
+            retries=settings.llm_retries,
+            breaker_failures=settings.llm_breaker_failures,
+            breaker_seconds=settings.llm_breaker_seconds,
         )
+        transport = Upstream("embedding", policy)
+        sync_client, async_client = httpx.Client(), httpx.AsyncClient(transport=transport)
+        embedding._clients = [sync_client, async_client]
+        common: dict[str, Any] = {
+            "model_name": settings.embed_model or "",
+            "api_base": str(settings.embed_base_url).rstrip("/"),
+            # The client insists on a key; servers that ask for none ignore it.
+            "api_key": settings.embed_api_key.get_secret_value() if settings.embed_api_key else "none",
+            "timeout": settings.embed_timeout,
+            "embed_batch_size": BATCH,
+        }
+        # An ingest has all the time of OpenAI's client; a request's repetitions are its transport's, which knows how
+        # much there is.
+        embedding._model = OpenAILikeEmbedding(**common, max_retries=settings.llm_retries, http_client=sync_client)
+        embedding._async_model = OpenAILikeEmbedding(**common, max_retries=0, async_http_client=async_client)
         embedding._dimensions = settings.embed_dimensions or 0
         embedding._encoding = _tiktoken()
         return embedding
@@ -106,14 +118,14 @@ class RemoteEmbedding(BaseEmbedding):
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
         with _told():
-            return self._unit(await self._model.aget_query_embedding(query))
+            return self._unit(await self._async_model.aget_query_embedding(query))
 
     async def _aget_text_embedding(self, text: str) -> list[float]:
         return (await self._aget_text_embeddings([text]))[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         with _told():
-            return [self._unit(vector) for vector in await self._model.aget_text_embedding_batch(texts)]
+            return [self._unit(vector) for vector in await self._async_model.aget_text_embedding_batch(texts)]
 
 
 @contextmanager

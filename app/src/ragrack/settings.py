@@ -122,7 +122,11 @@ class Settings(BaseSettings):
         None, description="Key of that API: the systemd credential `credentials_embed_api_key`, never a variable."
     )
     embed_timeout: float = Field(
-        10, gt=0, le=600, description="Seconds that the embedding model's API has for an answer.", examples=["10"]
+        10,
+        gt=0,
+        le=600,
+        description="Seconds that the embedding model's API has. It is bounded and asked again as the LLM is.",
+        examples=["10"],
     )
     node_parser: Literal["sentence", "token"] = Field(
         "sentence",

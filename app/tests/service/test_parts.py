@@ -14,11 +14,13 @@ from typing import Any
 import llama_index.core
 import pytest
 from llama_index.core import Settings as LlamaSettings
+from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.node_parser import SentenceSplitter, TokenTextSplitter
+from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT
 from ragrack.api import create_app
 from ragrack.embedding import MiniLMEmbedding
 from ragrack.ingest import IngestError, ingest
-from ragrack.llama import globals_sealed
+from ragrack.llama import WindowHelper, globals_sealed
 from ragrack.parts import node_parser, open_embedding, tokenizer
 from ragrack.remote import EmbeddingUnavailableError, RemoteEmbedding
 from ragrack.settings import Settings
@@ -117,6 +119,20 @@ async def test_where_that_model_is_down_questions_are_answered_503_and_an_ingest
         assert (await client.post("/query", json={"query": QUESTION})).status_code == 200
 
 
+async def test_that_model_is_asked_again_and_left_alone_while_it_is_down(
+    settings: Settings, server: EmbeddingServer
+) -> None:
+    remote = behind(settings, server, llm_retries=1, llm_breaker_failures=4)
+    ingest(remote, "island", lambda *_a, **_m: None)
+    async with running_app(create_app(remote)) as client:
+        server.broken, before = 503, len(server.requests)
+        for _ in range(4):
+            assert (await client.post("/query", json={"query": QUESTION})).status_code == 503
+        assert len(server.requests) == before + 4
+        page = (await client.get("/metrics")).text
+    assert 'ragrack_upstream_attempts_total{outcome="breaker open",upstream="embedding"}' in page
+
+
 def test_vectors_of_another_length_are_refused(settings: Settings, server: EmbeddingServer) -> None:
     embedding = open_embedding(changed(behind(settings, server), embed_dimensions=768), 1)
     with pytest.raises(EmbeddingUnavailableError, match=r"384 dimensions.*RAGRACK_EMBED_DIMENSIONS=768"):
@@ -150,6 +166,17 @@ def test_the_globals_are_what_the_settings_say(settings: Settings, embedding: Mi
         assert LlamaSettings.tokenizer is words
     assert (dict(vars(LlamaSettings)), llama_index.core.global_tokenizer) == before
     assert isinstance(node_parser(settings, embedding.tokens), SentenceSplitter)
+
+
+@pytest.mark.parametrize("window", [2048, 400])
+def test_text_goes_to_the_llm_packed_as_llama_index_packs_it(embedding: MiniLMEmbedding, window: int) -> None:
+    parts: dict[str, Any] = {"context_window": window, "num_output": 64, "chunk_size_limit": None}
+    parts["tokenizer"] = embedding.tokens
+    prompt = DEFAULT_TEXT_QA_PROMPT.partial_format(query_str="What is there?")
+    nodes = [f" Page {number}: {'a well and a harbour, ' * 20}\n" for number in range(4)]
+    packed = WindowHelper(**parts).repack(prompt, nodes)
+    assert packed == PromptHelper(**parts).repack(prompt, nodes)
+    assert (len(packed) == 1) == (window == 2048)
 
 
 async def test_no_request_changes_a_global(settings: Settings) -> None:

@@ -81,6 +81,15 @@ def test_whichever_worker_is_asked_tells_of_all_and_the_next_run_counts_anew(
         assert values(http.get("/metrics").text, count) == []
 
 
+def test_workers_are_forked_with_all_modules_there(settings: Settings, tmp_path: Path) -> None:
+    """OpenAI's client is the slowest of them to import."""
+    log = tmp_path / "log"
+    llm = {"RAGRACK_LLM_BASE_URL": "http://127.0.0.1:9/v1", "RAGRACK_LLM_MODEL": "m"}
+    with gunicorn(settings, log, **llm) as process:
+        loaded = [Path(f"/proc/{pid}/maps").read_text() for pid in (process.pid, *_children(process.pid))]
+    assert all("pydantic_core" in maps and "faiss" in maps and "onnxruntime" in maps for maps in loaded)
+
+
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

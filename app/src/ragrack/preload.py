@@ -1,0 +1,36 @@
+"""What workers will need, imported once in gunicorn's master before it forks them.
+
+They share the memory that it takes, none waits for it, and one that replaces a dead worker answers in half a second.
+Only modules: a model, an index or a client would bring threads or files that no fork survives.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+
+from ragrack.settings import Settings
+
+PROVIDERS = {"openai_like": "llama_index.llms.openai_like", "ollama": "llama_index.llms.ollama"}
+
+
+def import_all(settings: Settings) -> None:
+    """The service, and the clients of the providers that the settings name. Metrics' directory must be there."""
+    importlib.import_module("ragrack.api")
+    if settings.jwt_jwks_url is not None:
+        importlib.import_module("ragrack.tokens")
+    named = {
+        provider
+        for provider, url in (
+            (settings.llm_provider, settings.llm_base_url),
+            (settings.llm_fallback_provider, settings.llm_fallback_base_url),
+        )
+        if url is not None
+    }
+    for provider in named:
+        importlib.import_module(PROVIDERS[provider])
+    if settings.embed_provider != "minilm":
+        importlib.import_module("llama_index.embeddings.openai_like")
+    gc.collect()
+    # A page that a worker's collector never looks at stays shared.
+    gc.freeze()
