@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -72,6 +72,13 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two snapshots within a second, as an id tells them apart by that."""
+    seconds = itertools.count()
+    monkeypatch.setattr("ragrack.ingest.timestamp", lambda: f"20261124T00{next(seconds):04}Z")
+
+
 def test_documents_become_a_verified_live_snapshot(settings: Settings) -> None:
     snapshot, told = run(settings)
     where = directory(settings)
@@ -134,6 +141,63 @@ def test_changed_markup_around_the_same_text_embeds_nothing(settings: Settings, 
     embedded.clear()
     assert run(settings)[0].id == first.id
     assert embedded == []
+
+
+def change(settings: Settings, text: str) -> None:
+    (documents(settings) / "limits.txt").write_text(f"Limits\n\n{text}")
+
+
+def test_documents_as_they_once_were_are_not_written_again(settings: Settings) -> None:
+    before = (documents(settings) / "limits.txt").read_text()
+    first, _ = run(settings)
+    change(settings, "A table may have 2000 columns now.")
+    second, _ = run(settings)
+    (documents(settings) / "limits.txt").write_text(before)
+    third, told = run(settings)
+    assert third.id == first.id
+    assert directory(settings).current_id() == first.id
+    assert directory(settings).previous_id() == second.id
+    assert "is live" in told.notes[-1]
+    assert any("golden questions passed" in note for note in told.notes), "it is asked as a new one is"
+
+
+@pytest.mark.usefixtures("clock")
+def test_one_that_rotted_is_written_again(settings: Settings) -> None:
+    before = (documents(settings) / "limits.txt").read_text()
+    first, _ = run(settings)
+    change(settings, "A table may have 2000 columns now.")
+    run(settings)
+    rotten = first.path / "nodes.sqlite"
+    rotten.chmod(0o644)
+    rotten.write_bytes(b"\0" * rotten.stat().st_size)
+    (documents(settings) / "limits.txt").write_text(before)
+    third, _ = run(settings)
+    assert third.id != first.id
+    directory(settings).verify(third.id)
+
+
+def test_while_held_a_snapshot_is_built_and_waits(settings: Settings) -> None:
+    first, _ = run(settings)
+    directory(settings).hold("the manual is under review")
+    change(settings, "A table may have 2000 columns now.")
+    second, told = run(settings)
+    assert second.id != first.id
+    assert directory(settings).current_id() == first.id
+    assert f"snapshot {second.id} was built and is not live: manual is held since" in told.notes[-1]
+    assert "(the manual is under review); `ragrack index resume` lets go" in told.notes[-1]
+    assert run(settings)[0].id == second.id, "and is not built twice"
+    directory(settings).resume()
+    assert directory(settings).current_id() == second.id
+
+
+@pytest.mark.usefixtures("clock")
+def test_as_many_snapshots_stay_as_the_settings_say(settings: Settings) -> None:
+    few = Settings.model_validate(settings.model_dump() | {"keep_snapshots": 1})
+    ids = []
+    for number in range(4):
+        change(settings, f"A table may have {number}000 columns now.")
+        ids.append(run(few)[0].id)
+    assert [snapshot.id for snapshot in directory(settings).list()] == ids[-2:], "the live one and the way back"
 
 
 def test_other_chunking_is_another_index(settings: Settings) -> None:
@@ -239,41 +303,21 @@ def test_an_index_directory_that_cannot_be_written_is_named(settings: Settings, 
 
 
 def test_killed_at_any_point_it_can_be_run_again(settings: Settings) -> None:
-    for number in range(30):
-        (documents(settings) / f"page{number:02}.txt").write_text(
-            f"Page {number}\n\n" + f"Sentence of page {number} that has some words in it. " * 60
-        )
-    code = (
-        "import sys, ragrack.ingest as i, ragrack.progress as p; from ragrack.settings import Settings\n"
-        "i.BATCH_CHARACTERS = 5_000\n"
-        "i.ingest(Settings.model_validate_json(sys.argv[1]), 'manual', p.progress_to(sys.stdout, True))"
+    for number in range(4):
+        page = f"Page {number}\n\n" + f"Sentence of page {number} that has some words in it. " * 60
+        (documents(settings) / f"page{number}.txt").write_text(page)
+    program = Path(__file__).with_name("kill_points.py")
+    done = subprocess.run(
+        [sys.executable, program, settings.model_dump_json()], capture_output=True, text=True, check=True
     )
-    command = [sys.executable, "-c", code, settings.model_dump_json()]
-    staging = directory(settings).root / "staging.sqlite"
-    kills = 0
-    for lines in (1, 6, 12, 15):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for _, _line in zip(range(lines), process.stdout, strict=False):
-            pass
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        current = directory(settings).current()
-        if current is not None:
-            directory(settings).verify(current.id)
-    assert kills >= 2
-    assert staging.exists()
-    snapshot, _ = run(settings)
-    directory(settings).verify(snapshot.id)
-    assert snapshot.manifest.documents == 35
-    assert list(directory(settings).snapshots.glob(".new-*")) == []
-    assert sorted(texts(snapshot)) == sorted(
-        path.relative_to(documents(settings)).as_posix()
-        for path in documents(settings).rglob("*")
-        if path.suffix in {".txt", ".html", ".md"}
-    )
+    killed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {run["point"] for run in killed} >= {"embed", "write", "check", "done", "fsync", "rename", "replace"}
+    for run_ in killed:
+        assert run_["damage"] is None, "whatever is live is whole"
+        assert run_["reported"] <= run_["kept"], "no more than the batch that was at work is lost"
+        assert run_["left"] == ["current", "history.jsonl", "snapshots", "staging.sqlite"]
+        assert run_["snapshots"] == [run_["live"]]
+    assert len({run["content"] for run in killed}) == 1, "all come to the same end"
 
 
 def test_it_writes_only_below_the_index_directory(settings: Settings, tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from ragrack.snapshot import FileEntry, Manifest, Snapshot, SnapshotDir, SnapshotError, file_sha256
+from ragrack.snapshot import FileEntry, Manifest, Snapshot, SnapshotDir, SnapshotError, file_sha256, served
 
 
 @pytest.fixture
@@ -12,7 +16,7 @@ def directory(tmp_path: Path) -> SnapshotDir:
     return SnapshotDir(tmp_path, "manual", "0123456789abcdef")
 
 
-def publish(directory: SnapshotDir, number: int, data: bytes = b"data") -> Snapshot:
+def publish(directory: SnapshotDir, number: int, data: bytes = b"data", parent: str | None = None) -> Snapshot:
     with directory.new() as new:
         (new / "file").write_bytes(data)
         manifest = Manifest(
@@ -22,7 +26,7 @@ def publish(directory: SnapshotDir, number: int, data: bytes = b"data") -> Snaps
             built_with={},
             content=str(number),
             created="20261124T000000Z",
-            parent=None,
+            parent=parent,
             documents=1,
             nodes=1,
             dimensions=3,
@@ -66,6 +70,15 @@ def test_a_half_written_line_of_history_is_passed_over(directory: SnapshotDir) -
     with (directory.root / "history.jsonl").open("a") as file:
         file.write('{"at": "2026')
     assert len(directory.history()) == 1
+
+
+def test_an_entry_after_a_half_written_line_is_not_lost(directory: SnapshotDir) -> None:
+    first, second = publish(directory, 1), publish(directory, 2)
+    directory.flip(first.id, "ingest")
+    with (directory.root / "history.jsonl").open("a") as file:
+        file.write('{"at": "2026')
+    directory.flip(second.id, "ingest")
+    assert [entry["to"] for entry in directory.history()] == [first.id, second.id]
 
 
 @pytest.mark.parametrize("name", ["nonsense", "../../etc", "20261124T000099Z-ffffffff", ""])
@@ -151,3 +164,189 @@ def test_all_collections_and_fingerprints_are_listed(tmp_path: Path) -> None:
 
 def test_its_files_cannot_be_written_to_by_accident(directory: SnapshotDir) -> None:
     assert (publish(directory, 1).path / "file").stat().st_mode & 0o222 == 0
+
+
+def live(directory: SnapshotDir, *numbers: int) -> Sequence[str]:
+    """Publishes them and makes each live in turn; their ids."""
+    snapshots = [publish(directory, number) for number in numbers]
+    for snapshot in snapshots:
+        directory.flip(snapshot.id, "ingest")
+    return [snapshot.id for snapshot in snapshots]
+
+
+def test_there_is_nothing_before_the_first(directory: SnapshotDir) -> None:
+    assert directory.previous_id() is None
+    live(directory, 1)
+    assert directory.previous_id() is None
+
+
+def test_before_is_what_served_before_not_what_is_older_or_newer(directory: SnapshotDir) -> None:
+    first, second, third = live(directory, 1, 2, 3)
+    assert directory.previous_id() == second
+    directory.flip(first, "the same documents as then")
+    assert directory.previous_id() == third
+
+
+def test_a_rollback_of_a_rollback_goes_further_back_never_forward(directory: SnapshotDir) -> None:
+    first, second, third = live(directory, 1, 2, 3)
+    directory.flip(second, "bad answers", back=True)
+    assert directory.previous_id() == first
+    directory.flip(first, "bad answers", back=True)
+    assert directory.previous_id() is None
+    directory.flip(third, "resume")
+    assert directory.previous_id() == first
+
+
+def test_removed_and_damaged_ones_are_passed_over(directory: SnapshotDir) -> None:
+    first, second, third, _ = live(directory, 1, 2, 3, 4)
+    file = directory.snapshots / third / "file"
+    file.chmod(0o644)
+    file.write_bytes(b"cut")
+    directory.snapshots.joinpath(second).rename(directory.root / "moved")
+    assert directory.previous_id() == first
+
+
+def test_a_flip_that_was_noted_but_never_happened_is_none(directory: SnapshotDir) -> None:
+    first, second, third = live(directory, 1, 2, 3)
+    directory.link.unlink()
+    directory.link.symlink_to(Path("snapshots") / second)
+    assert directory.previous_id() == first
+    directory.flip(third, "ingest")
+    assert directory.previous_id() == second
+
+
+def test_a_link_that_somebody_moved_by_hand_is_right(directory: SnapshotDir) -> None:
+    first, second = live(directory, 1, 2)
+    third = publish(directory, 3).id
+    directory.link.unlink()
+    directory.link.symlink_to(Path("snapshots") / third)
+    assert directory.previous_id() == second
+    assert served([], first) == [first]
+
+
+def test_while_held_nothing_new_goes_live(directory: SnapshotDir) -> None:
+    first, second = live(directory, 1, 2)
+    directory.hold("bad answers")
+    directory.flip(first, "bad answers", back=True)
+    third = publish(directory, 3).id
+    assert directory.offer(third, "ingest") is False
+    assert directory.current_id() == first
+    hold = directory.held()
+    assert hold is not None
+    assert (hold.why, hold.next) == ("bad answers", third)
+    directory.resume()
+    assert directory.held() is None
+    assert directory.current_id() == third
+    assert directory.previous_id() == first
+    assert directory.offer(second, "ingest") is True
+    assert directory.current_id() == second
+
+
+def test_letting_go_moves_on_to_the_newest_whole_one(directory: SnapshotDir) -> None:
+    first, second, third = live(directory, 1, 2, 3)
+    directory.hold("bad answers")
+    directory.flip(first, "bad answers", back=True)
+    (directory.snapshots / third / "manifest.json").unlink()
+    directory.resume()
+    assert directory.current_id() == second
+
+
+def test_letting_go_prefers_what_came_last_to_what_is_newest(directory: SnapshotDir) -> None:
+    first, second, _ = live(directory, 1, 2, 3)
+    directory.hold("bad answers")
+    directory.flip(first, "bad answers", back=True)
+    directory.offer(second, "the documents are those of then")
+    directory.resume()
+    assert directory.current_id() == second
+
+
+def test_letting_go_of_what_is_not_held_changes_nothing(directory: SnapshotDir) -> None:
+    first, _second = live(directory, 1, 2)
+    directory.flip(first, "rollback", back=True)
+    directory.resume()
+    assert directory.current_id() == first
+
+
+def test_a_hold_that_cannot_be_read_holds(directory: SnapshotDir) -> None:
+    first, second = live(directory, 1, 2)
+    directory.flip(first, "rollback", back=True)
+    (directory.root / "hold.json").write_text("somebody wrote this by hand")
+    assert directory.offer(second, "ingest") is False
+    hold = directory.held()
+    assert hold is not None
+    assert "cannot be read" in hold.why
+
+
+def test_nothing_can_be_held_where_nothing_is_live(directory: SnapshotDir) -> None:
+    publish(directory, 1)
+    with pytest.raises(SnapshotError, match="no live snapshot"):
+        directory.hold("why not")
+
+
+def test_pruning_keeps_the_way_back_and_the_way_on(directory: SnapshotDir) -> None:
+    first, second, third, fourth, fifth, sixth = live(directory, *range(1, 7))
+    directory.hold("bad answers")
+    directory.flip(second, "bad answers", back=True)
+    directory.offer(third, "ingest")
+    assert directory.prunable(1) == [fourth, fifth]
+    assert directory.prune(1) == [fourth, fifth]
+    assert [found.id for found in directory.list()] == [first, second, third, sixth]
+
+
+def test_pruning_counts_only_whole_ones_as_kept(directory: SnapshotDir) -> None:
+    ids = live(directory, 1, 2, 3, 4)
+    directory.flip(ids[0], "rollback", back=True)
+    (directory.snapshots / ids[3] / "manifest.json").unlink()
+    assert list(directory.prune(1)) == [ids[1]]
+    assert sorted(path.name for path in directory.snapshots.iterdir()) == [ids[0], ids[2], ids[3]]
+
+
+def test_pruning_leaves_what_is_being_written(directory: SnapshotDir) -> None:
+    with directory.new() as new:
+        (new / "file").write_text("half")
+        directory.prune(1)
+        assert (new / "file").exists()
+
+
+def test_a_file_that_is_the_parents_is_not_stored_twice(directory: SnapshotDir) -> None:
+    first = publish(directory, 1, b"the same")
+    second = publish(directory, 2, b"the same", parent=first.id)
+    third = publish(directory, 3, b"another", parent=second.id)
+    assert (second.path / "file").stat().st_ino == (first.path / "file").stat().st_ino
+    assert (third.path / "file").stat().st_ino != (first.path / "file").stat().st_ino
+    directory.verify(second.id)
+
+
+def test_a_parents_damage_is_not_inherited(directory: SnapshotDir) -> None:
+    first = publish(directory, 1, b"the same")
+    (first.path / "file").chmod(0o644)
+    (first.path / "file").write_bytes(b"the sane")
+    second = publish(directory, 2, b"the same", parent=first.id)
+    directory.verify(second.id)
+
+
+def test_all_of_a_fingerprint_goes_at_once(directory: SnapshotDir) -> None:
+    live(directory, 1, 2)
+    directory.discard()
+    assert list(directory.root.parent.iterdir()) == []
+
+
+def test_a_process_that_dies_lets_others_in(directory: SnapshotDir) -> None:
+    [first] = live(directory, 1)
+    code = (
+        "import sys, time; from pathlib import Path; from ragrack.snapshot import SnapshotDir\n"
+        "d = SnapshotDir(Path(sys.argv[1]), 'manual', '0123456789abcdef')\n"
+        "with d.new() as new, d._changing():\n"
+        "    print(new.name, flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, directory.index_dir], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    left = directory.snapshots / process.stdout.readline().strip()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert left.is_dir()
+    directory.prune(1)
+    assert not left.exists()
+    directory.hold("the dead one's lock is gone")
+    assert [path.name for path in directory.snapshots.iterdir()] == [first]

@@ -11,11 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragrack import index_cli
-from ragrack.command import RefusedError, collections_of, directory_of, print_json
+from ragrack.command import RefusedError, act_as_owner, collections_of, directory_of, print_json
 from ragrack.index_cli import figures
 from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
 
@@ -178,6 +179,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     from ragrack.ingest import IngestError, ingest
     from ragrack.progress import progress_to
 
+    act_as_owner(settings.index_dir)
     failed = 0
     for name in collections:
         try:
@@ -187,10 +189,14 @@ def _ingest(arguments: argparse.Namespace) -> int:
             failed = 1
             continue
         manifest = snapshot.manifest
+        directory = directory_of(settings, name)
+        live, hold = directory.current_id() == snapshot.id, directory.held()
         if arguments.json:
-            print_json({"collection": name, "snapshot": snapshot.id, **figures(manifest)})
+            state = {"live": live, "held": asdict(hold) if hold else None}
+            print_json({"collection": name, "snapshot": snapshot.id, **state, **figures(manifest)})
         else:
-            print(f"{name}: snapshot {snapshot.id}, {manifest.documents} documents, {manifest.nodes} nodes")
+            not_live = f"; not live: {name} is {hold.words()}" if hold and not live else ""
+            print(f"{name}: snapshot {snapshot.id}, {manifest.documents} documents, {manifest.nodes} nodes{not_live}")
     return failed
 
 

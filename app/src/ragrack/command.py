@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ragrack.settings import Settings, SettingsError, examine, read_env_file
+
 if TYPE_CHECKING:
-    from ragrack.settings import Settings
     from ragrack.snapshot import SnapshotDir
+
+HOST_ENV = Path("/etc/ragrack/host.env")
 
 
 class RefusedError(Exception):
@@ -37,3 +44,44 @@ def directory_of(settings: Settings, collection: str) -> SnapshotDir:
         return SnapshotDir(settings.index_dir, collection, Fingerprint.of(settings).digest)
     except ModelError as error:
         raise RefusedError(str(error)) from error
+
+
+def own_release() -> Path | None:
+    """The directory of the release that this program is part of; None where it was not deployed."""
+    release = Path(sys.prefix).resolve().parent
+    return release if (release / "app.env").is_file() and release.parent.name == "releases" else None
+
+
+def settings_here() -> Settings:
+    """Of the environment, or, where that names no collections, of the release that this program is part of.
+
+    An operator has none of a unit's variables. What else is wrong with the host must not keep one from going back, so
+    only the values are judged. Raises SettingsError.
+    """
+    environ = dict(os.environ)
+    release = own_release()
+    if "RAGRACK_COLLECTIONS" not in environ and release is not None:
+        for path in (HOST_ENV, release / "app.env"):
+            if path.exists():
+                environ |= read_env_file(path)[0]
+        environ["RAGRACK_EMBED_MODEL_DIR"] = str(next(release.glob("models/*"), release / "models"))
+    settings, problems = examine(environ, on_host=False)
+    if settings is None or problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def act_as_owner(directory: Path) -> None:
+    """Root goes on as whoever owns the directory, so that what is written there stays the service's to change."""
+    if os.geteuid() != 0 or not directory.exists():
+        return
+    status = directory.stat()
+    if status.st_uid == 0:
+        return
+    try:
+        groups = os.getgrouplist(pwd.getpwuid(status.st_uid).pw_name, status.st_gid)
+    except KeyError:
+        groups = [status.st_gid]
+    os.setgroups(groups)
+    os.setgid(status.st_gid)
+    os.setuid(status.st_uid)

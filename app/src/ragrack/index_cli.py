@@ -4,57 +4,219 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ragrack.command import RefusedError, print_json
+from ragrack.command import (
+    RefusedError,
+    act_as_owner,
+    collections_of,
+    directory_of,
+    own_release,
+    print_json,
+    settings_here,
+)
+from ragrack.lock import BusyError, building
+from ragrack.needed import unneeded
 from ragrack.settings import Settings
-
-if TYPE_CHECKING:
-    from ragrack.snapshot import SnapshotDir
+from ragrack.snapshot import SNAPSHOT_ID, Hold, SnapshotDir, SnapshotError
 
 
 def add_commands(commands: Any) -> None:
     """`commands`: what `add_subparsers` of the whole command line gave."""
-    index = commands.add_parser("index", help="look at snapshots").add_subparsers(required=True, metavar="COMMAND")
-    for name, what, run in (
-        ("list", "list snapshots", _list),
-        ("show", "show one", _show),
-        ("verify", "compare one with its manifest", _verify),
-    ):
-        command = index.add_parser(name, help=what)
+    index = commands.add_parser("index", help="look at snapshots, go back to one, remove old ones").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    listed = index.add_parser("list", help="list snapshots: which is live, where a rollback goes, what is held")
+    show = index.add_parser("show", help="show one")
+    verify = index.add_parser("verify", help="compare one with its manifest")
+    for command in (listed, show, verify):
         command.add_argument("--collection", help="of this collection; all by default")
-        if run is not _list:
-            command.add_argument("--snapshot", help="its id; the current one by default")
+    for command in (show, verify):
+        command.add_argument("--snapshot", help="its id; the current one by default")
+    rollback = index.add_parser("rollback", help="go back to the snapshot that served before, and hold it there")
+    rollback.add_argument("--why", default="rollback", help="for those who find it held")
+    resume = index.add_parser("resume", help="let go of what a rollback holds, and move on to the newest snapshot")
+    rollback.add_argument("--dry-run", action="store_true", help="change nothing, tell where it would go")
+    for command in (rollback, resume):
+        command.add_argument("--collection", action="append", help="this one (may be repeated); all by default")
+        command.add_argument("--to", metavar="ID", help="to this snapshot")
+    prune = index.add_parser("prune", help="remove snapshots that no rollback needs, and indexes that no release needs")
+    prune.add_argument("--keep", type=_positive, help="how many to keep; default: RAGRACK_KEEP_SNAPSHOTS")
+    prune.add_argument("--dry-run", action="store_true", help="remove nothing, tell what would go")
+    for command, run in (
+        (listed, _list),
+        (show, _show),
+        (verify, _verify),
+        (rollback, _rollback),
+        (resume, _resume),
+        (prune, _prune),
+    ):
         command.add_argument("--json", action="store_true")
         command.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
 
 
 def _list(arguments: argparse.Namespace) -> int:
     rows = []
     for directory in _directories(arguments.collection):
-        current = directory.current_id()
+        current, previous, hold = directory.current_id(), directory.previous_id(), directory.held()
         for snapshot in directory.list():
-            row = {"collection": directory.collection, "fingerprint": directory.fingerprint, "snapshot": snapshot.id}
-            rows.append({**row, "current": snapshot.id == current, **figures(snapshot.manifest)})
+            held = hold if snapshot.id == current else None
+            rows.append(
+                {
+                    **_whose(directory),
+                    "snapshot": snapshot.id,
+                    "current": snapshot.id == current,
+                    "previous": snapshot.id == previous,
+                    "held": asdict(held) if held else None,
+                    **figures(snapshot.manifest),
+                }
+            )
+            if not arguments.json:
+                mark = "*" if snapshot.id == current else "<" if snapshot.id == previous else " "
+                note = f", {held.words()}" if held else ""
+                name = f"{directory.collection} {directory.fingerprint} {snapshot.id}"
+                print(f"{mark} {name} {snapshot.manifest.nodes} nodes{note}")
     if arguments.json:
         print_json(rows)
-        return 0
-    for row in rows:
-        mark = "*" if row["current"] else " "
-        print(f"{mark} {row['collection']} {row['fingerprint']} {row['snapshot']} {row['nodes']} nodes")
     return 0
 
 
+def _rollback(arguments: argparse.Namespace) -> int:
+    settings = settings_here()
+    act_as_owner(settings.index_dir)
+    going = []
+    problems = []
+    for directory in _named(settings, arguments):
+        try:
+            going.append((directory, _target(directory, arguments.to)))
+        except SnapshotError as error:
+            problems.append(f"{directory.collection}: {error}")
+    if problems:
+        raise RefusedError("\n".join([*problems, "Nothing was changed; --collection and --to choose otherwise."]))
+    results = []
+    for directory, target in going:
+        before = directory.current_id()
+        if not arguments.dry_run:
+            directory.hold(arguments.why)
+            directory.flip(target, arguments.why, back=True)
+        results.append(_moved(directory, before, target))
+    _tell(results, arguments)
+    return 0
+
+
+def _target(directory: SnapshotDir, named: str | None) -> str:
+    """It was sound when it last served; all of it is read before it serves again."""
+    damage = []
+    for snapshot_id in [named] if named else directory.ways_back():
+        try:
+            directory.verify(snapshot_id)
+        except SnapshotError as error:
+            damage.append(str(error))
+        else:
+            return snapshot_id
+    there = ", ".join(snapshot.id for snapshot in directory.list()) or "none"
+    raise SnapshotError("; ".join(damage) or f"no whole snapshot served before the live one; there are: {there}")
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    settings = settings_here()
+    act_as_owner(settings.index_dir)
+    results = []
+    for directory in _named(settings, arguments):
+        before = directory.current_id()
+        try:
+            directory.resume(arguments.to)
+        except SnapshotError as error:
+            raise RefusedError(f"{directory.collection}: {error}") from error
+        results.append(_moved(directory, before, directory.current_id()))
+    _tell(results, arguments)
+    return 0
+
+
+def _moved(directory: SnapshotDir, before: str | None, after: str | None) -> dict[str, Any]:
+    held = directory.held()
+    return {**_whose(directory), "from": before, "to": after, "held": asdict(held) if held else None}
+
+
+def _tell(results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print_json(results)
+        return
+    for row in results:
+        moved = f"{row['to']} was live already" if row["from"] == row["to"] else f"{row['from']} -> {row['to']}"
+        held = Hold(**row["held"]).words() if row["held"] else "not held"
+        print(f"{row['collection']}: {moved}; {held}")
+
+
+def _named(settings: Settings, arguments: argparse.Namespace) -> Sequence[SnapshotDir]:
+    """Those that --collection names; with --to, the one that has that snapshot; else all. Of these settings' own."""
+    directories = [directory_of(settings, name) for name in collections_of(settings, arguments.collection)]
+    if arguments.to is None:
+        return directories
+    having = [directory for directory in directories if (directory.snapshots / arguments.to).is_dir()]
+    if having and SNAPSHOT_ID.fullmatch(arguments.to):
+        return having
+    there = [f"{d.collection} {snapshot.id}" for d in directories for snapshot in d.list()]
+    raise RefusedError(
+        f"no snapshot {arguments.to} has the fingerprint of these settings; there are: {', '.join(there) or 'none'}"
+    )
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    settings = settings_here()
+    act_as_owner(settings.index_dir)
+    keep = arguments.keep or settings.keep_snapshots
+    release = own_release()
+    indexes, notes = unneeded(settings.index_dir, release.parent if release else None)
+    if not arguments.dry_run:
+        indexes = [directory for directory in indexes if _discarded(directory, notes)]
+    snapshots = []
+    for directory in SnapshotDir.all(settings.index_dir):
+        if directory.root not in {index.root for index in indexes}:
+            gone = directory.prunable(keep) if arguments.dry_run else directory.prune(keep)
+            snapshots += [{**_whose(directory), "snapshot": snapshot_id} for snapshot_id in gone]
+    if arguments.json:
+        print_json({"snapshots": snapshots, "indexes": [_whose(directory) for directory in indexes], "notes": notes})
+        return 0
+    would = "would be " if arguments.dry_run else ""
+    for row in snapshots:
+        print(f"{row['collection']} {row['fingerprint']} {row['snapshot']} {would}removed")
+    for directory in indexes:
+        print(f"{directory.collection} {directory.fingerprint} {would}removed: no release on this host opens it")
+    for note in notes:
+        print(note, file=sys.stderr)
+    return 0
+
+
+def _discarded(directory: SnapshotDir, notes: list[str]) -> bool:
+    try:
+        with building(directory.index_dir, directory.collection):
+            directory.discard()
+    except BusyError as error:
+        notes.append(f"{directory.collection} {directory.fingerprint} stays: {error}")
+        return False
+    return True
+
+
+def _whose(directory: SnapshotDir) -> dict[str, str]:
+    return {"collection": directory.collection, "fingerprint": directory.fingerprint}
+
+
 def _show(arguments: argparse.Namespace) -> int:
-    import dataclasses
-
-    from ragrack.snapshot import SnapshotError
-
     shown = []
     try:
         for directory, snapshot_id in _chosen(arguments):
-            shown.append(dataclasses.asdict(directory.get(snapshot_id).manifest))
+            shown.append(asdict(directory.get(snapshot_id).manifest))
     except SnapshotError as error:
         raise RefusedError(str(error)) from error
     print_json(shown)
@@ -62,8 +224,6 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from ragrack.snapshot import SnapshotError
-
     results = []
     for directory, snapshot_id in _chosen(arguments):
         problem = None
@@ -82,8 +242,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _directories(collection: str | None) -> list[SnapshotDir]:
     """Of every fingerprint: those of other releases are worth seeing too, so no embedding model is asked for."""
-    from ragrack.snapshot import SnapshotDir
-
     root = Path(os.environ.get("RAGRACK_INDEX_DIR") or Settings.model_fields["index_dir"].default)
     return [d for d in SnapshotDir.all(root) if collection in (None, d.collection)]
 

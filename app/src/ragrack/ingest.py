@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 64_000
 """Of text, or one document: what a killed run loses, about a second's work."""
-KEEP = 5
-"""Snapshots of a fingerprint, beside the live one."""
 
 
 class IngestError(Exception):
@@ -48,6 +46,7 @@ class IngestError(Exception):
 def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
     """Builds a snapshot of the collection's documents and makes it live; the live one, where nothing has changed.
 
+    One that is there already, of the same nodes, is not written again. While `current` is held it stays where it is.
     Raises IngestError: another run is at it, there are no documents, the disk is full, the golden questions failed.
     """
     documents = settings.documents_dir / collection
@@ -65,20 +64,20 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
     directory = SnapshotDir(settings.index_dir, collection, fingerprint.digest)
     staged = directory.root / "staging.sqlite"
     try:
-        directory.snapshots.mkdir(parents=True, exist_ok=True)
         with building(settings.index_dir, collection), contextlib.ExitStack() as stack:
+            directory.snapshots.mkdir(parents=True, exist_ok=True)
             threads = settings.ingest_threads or len(os.sched_getaffinity(0))
             embedding = open_embedding(settings, threads)
             stack.callback(embedding.close)
             staging = Staging(staged)
             stack.callback(staging.close)
             # What dead runs left, before the disk is needed.
-            directory.prune(KEEP)
+            directory.prune(settings.keep_snapshots)
             _stage(staging, embedding, settings, documents, paths, progress)
             before = directory.current_id()
             snapshot = _publish(staging, embedding, directory, fingerprint, golden, progress)
-            directory.flip(snapshot.id, "ingest")
-            directory.prune(KEEP)
+            live = directory.offer(snapshot.id, "ingest")
+            directory.prune(settings.keep_snapshots)
     except (BusyError, ModelError, SnapshotError, EmbeddingUnavailableError) as error:
         raise IngestError(str(error)) from error
     except sqlite3.OperationalError as error:
@@ -89,6 +88,9 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
         raise IngestError(f"cannot write below {settings.index_dir}: {error}") from error
     manifest = snapshot.manifest
     outcome = "is still what the documents say" if snapshot.id == before else "is live"
+    hold = directory.held()
+    if not live and hold is not None:
+        outcome = f"was built and is not live: {collection} is {hold.words()}"
     counts = f"{manifest.documents} documents, {manifest.nodes} nodes, {len(manifest.skipped)} skipped"
     progress("done", 1, 1, f"snapshot {snapshot.id} {outcome}: {counts}")
     return snapshot
@@ -185,18 +187,14 @@ def _publish(
     parent = _sound_current(directory)
     if parent is not None and parent.manifest.content == content:
         return parent
+    same = _same_content(directory, content)
+    if same is not None:
+        _gate(golden, same.path, directory.collection, embedding, progress)
+        return same
     with directory.new() as new:
         progress("write", 0, nodes)
         written = write_snapshot_files(_counted(staging.nodes(), nodes, progress), nodes, fingerprint.dimensions, new)
-        report = None
-        if golden is None:
-            progress("check", 0, 0, f"collection {directory.collection} has no golden questions: nothing was asked")
-        else:
-            progress("check", 0, len(golden.questions))
-            report = _ask(golden, new, embedding)
-            progress("check", len(golden.questions), len(golden.questions), report.summary())
-            if not report.passed:
-                raise IngestError(f"the new snapshot was not taken: {report.summary()}")
+        report = _gate(golden, new, directory.collection, embedding, progress)
         now = timestamp()
         manifest = Manifest(
             id=f"{now}-{content[:8]}",
@@ -215,6 +213,21 @@ def _publish(
             skipped=skipped,
         )
         return directory.publish(new, manifest)
+
+
+def _gate(
+    golden: GoldenSet | None, path: Path, collection: str, embedding: Embedding, progress: Progress
+) -> GoldenReport | None:
+    """What the golden questions found in the snapshot at `path`. Raises IngestError where that is not enough."""
+    if golden is None:
+        progress("check", 0, 0, f"collection {collection} has no golden questions: nothing was asked")
+        return None
+    progress("check", 0, len(golden.questions))
+    report = _ask(golden, path, embedding)
+    progress("check", len(golden.questions), len(golden.questions), report.summary())
+    if not report.passed:
+        raise IngestError(f"the new snapshot was not taken: {report.summary()}")
+    return report
 
 
 def _ask(golden: GoldenSet, path: Path, embedding: Embedding) -> GoldenReport:
@@ -240,6 +253,16 @@ def _sound_current(directory: SnapshotDir) -> Snapshot | None:
         return current
     except SnapshotError:
         return None
+
+
+def _same_content(directory: SnapshotDir, content: str) -> Snapshot | None:
+    """The newest snapshot of the same nodes whose every byte is right, as when documents are what they once were."""
+    for snapshot in reversed(directory.list()):
+        if snapshot.manifest.content == content:
+            with contextlib.suppress(SnapshotError):
+                directory.verify(snapshot.id)
+                return snapshot
+    return None
 
 
 def _counted(nodes: Iterator[BaseNode], total: int, progress: Progress) -> Iterator[BaseNode]:

@@ -154,6 +154,13 @@ class Settings(BaseSettings):
         description="Texts embedded at a time by an ingest; none means one per core.",
         examples=["2"],
     )
+    keep_snapshots: int = Field(
+        5,
+        ge=1,
+        le=1000,
+        description="Snapshots of an index that stay, besides the live one and the one that a rollback goes to.",
+        examples=["5"],
+    )
 
     top_k: int = Field(5, ge=1, le=50, description="Nodes retrieved for a query that does not say.", examples=["5"])
     similarity_cutoff: float = Field(
