@@ -75,7 +75,7 @@ def test_eight_bits_say_the_same_as_thirty_two(
 
 def test_the_same_weights_give_the_same_bytes(weights_wheel: Path, model_dir: Path, tmp_path: Path) -> None:
     model = build(weights_wheel, tmp_path)
-    for name in ("model.onnx", "tokenizer.json", "model.json"):
+    for name in ("model.onnx", "words.bin", "tokenizer.json", "model.json"):
         assert (tmp_path / name).read_bytes() == (model_dir / name).read_bytes(), name
     assert model["dimensions"] == 384
     assert model["max_tokens"] == 256

@@ -82,7 +82,7 @@ def test_a_directory_without_a_model_is_refused_with_the_mend(tmp_path: Path) ->
         MiniLMEmbedding.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "model.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "words.bin", "tokenizer.json", "model.json"])
 def test_a_damaged_model_is_refused_with_the_mend(model_dir: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(model_dir, tmp_path / "model")
     (tmp_path / "model" / name).write_bytes(b"{")

