@@ -16,8 +16,9 @@ from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryMode
 from ragrack.embedding import MiniLMEmbedding
+from ragrack.readonly import ReadOnlyError
 from ragrack.snapshot import SnapshotError
-from ragrack.store import FLAT_BELOW, NODES, VECTORS, ReadOnlyError, SnapshotVectorStore, write_snapshot_files
+from ragrack.store import FLAT_BELOW, NODES, VECTORS, SnapshotVectorStore, write_snapshot_files
 
 DIMENSIONS = 16
 HOSTILE = "t3' OR '1'='1"
@@ -400,7 +401,7 @@ def test_only_the_rarest_words_are_looked_for_when_all_would_cost_too_much(
     texts: SnapshotVectorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert set(ask(texts, "archived dead log", "text_search")) == {"n0", "n5", "n6"}
-    monkeypatch.setattr("ragrack.store.MATCHES", 2)
+    monkeypatch.setattr("ragrack.hybrid.MATCHES", 2)
     assert set(ask(texts, "archived dead log", "text_search")) == {"n0", "n6"}
 
 

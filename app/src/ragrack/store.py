@@ -6,17 +6,15 @@ parameters, and given to FAISS as a bitmap of rows, so a filter never costs resu
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import itertools
 import json
 import os
 import queue
-import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,6 @@ import faiss as _faiss
 import numpy as np
 from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 from llama_index.core.vector_stores.types import (
-    BasePydanticVectorStore,
-    FilterCondition,
-    FilterOperator,
-    MetadataFilter,
     MetadataFilters,
     VectorStoreQuery,
     VectorStoreQueryMode,
@@ -37,6 +31,9 @@ from llama_index.core.vector_stores.types import (
 )
 from pydantic import PrivateAttr
 
+from ragrack import hybrid
+from ragrack.conditions import select
+from ragrack.readonly import SnapshotStore
 from ragrack.snapshot import FileEntry, SnapshotError, file_sha256
 
 # Its stubs know neither its Python constructors nor all of its classes.
@@ -55,16 +52,6 @@ TRAINING = 100_000
 """Vectors that the range of the 8-bit scale is taken from."""
 WRITE_BATCH = 1024
 FILTERS_KEPT = 64
-RRF_K = 60
-"""Of reciprocal rank fusion, as in Cormack, Clarke and Büttcher, SIGIR 2009."""
-CANDIDATES = 20
-"""Nodes that each half of a hybrid query puts forward, at least."""
-WORDS_READ = 128
-"""Of a question, the first: what is past them decides nothing."""
-FREQUENT_SHARE = 8
-"""A word in more than one of so many nodes is not looked for: it says little about any, and fusion counts ranks."""
-MATCHES = 2_000
-"""Nodes that the words looked for may match, each counted alone: what a question costs at most, a microsecond each."""
 WORDS_KEPT = 4096
 
 SCHEMA = """
@@ -94,10 +81,6 @@ Mask = np.ndarray[Any, np.dtype[np.uint8]]
 """A bit for each row, the first in the lowest bit of the first byte, as FAISS reads them."""
 
 
-class ReadOnlyError(TypeError):
-    """A snapshot never changes: `ragrack ingest` makes a new one."""
-
-
 @dataclass(frozen=True)
 class Written:
     """What `write_snapshot_files` wrote."""
@@ -107,16 +90,8 @@ class Written:
     files: dict[str, FileEntry]
 
 
-class SnapshotVectorStore(BasePydanticVectorStore):
-    """Dense, hybrid and text queries with MetadataFilters, sync and async. Opening takes the same time at any size.
-
-    A hybrid query fuses the dense order with BM25's by reciprocal rank. The similarity that it gives for a node is the
-    cosine in either order, so that a cut-off means the same in each mode: `query(..., similarity_cutoff=0.3)`.
-
-    Filters mean what they mean in LlamaIndex's own store: a node without a key matches only `!=`, `nin`, `is_empty`.
-    """
-
-    stores_text: bool = True
+class SnapshotVectorStore(SnapshotStore):
+    """Opening takes the same time at any size. The words of a text are ranked by BM25."""
 
     _index: Any = PrivateAttr()
     _pool: ThreadPoolExecutor = PrivateAttr()
@@ -173,7 +148,6 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         return int(self._index.ntotal)
 
     def close(self) -> None:
-        """Waits for the queries that run, then lets go of all files. A closed store answers no more."""
         self._pool.shutdown()
         for connection in self._connections:
             connection.close()
@@ -183,32 +157,8 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         self._matches = self._count_matches
         self._index = None
 
-    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """Nodes with cosine similarities, best first. Raises ValueError for a query that it cannot answer.
-
-        Takes `similarity_cutoff`: nodes less similar are not candidates. (A text query has no cosines and gives BM25's
-        scores, the higher the better.)
-        """
-        return self._pool.submit(self._query, query, **kwargs).result()
-
-    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        work = functools.partial(self._query, query, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-    def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
-        """The nodes with these ids and metadata, in the order of the snapshot; all where neither is given."""
-        return self._pool.submit(self._get_nodes, node_ids, filters).result()
-
-    async def aget_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
-    ) -> list[BaseNode]:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._get_nodes, node_ids, filters)
-
-    def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        raise ReadOnlyError("a snapshot takes no new nodes: put the documents in place and run `ragrack ingest`")
-
-    def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        raise ReadOnlyError("a snapshot loses no nodes: take the documents away and run `ragrack ingest`")
+    def _threads(self) -> Executor:
+        return self._pool
 
     def _query(self, query: VectorStoreQuery, similarity_cutoff: float | None = None) -> VectorStoreQueryResult:
         k = query.similarity_top_k
@@ -241,33 +191,20 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         self, vector: Any, text: str, k: int, mask: Mask | None, cutoff: float | None
     ) -> list[tuple[int, float]]:
         """Reciprocal rank fusion of the dense order with BM25's; each node with its cosine."""
-        candidates = max(2 * k, CANDIDATES)
-        dense = self._search(vector, candidates, mask)
+        most = hybrid.candidates(k)
+        dense = self._search(vector, most, mask)
         similarity = dict(dense)
-        matched = [row for row, _ in self._match(text, candidates, mask)]
+        matched = [row for row, _ in self._match(text, most, mask)]
         new = [row for row in matched if row not in similarity]
         if new:
             cosines = self._index.reconstruct_batch(np.asarray(new, dtype=np.int64)) @ vector[0]
             similarity |= zip(new, cosines.tolist(), strict=True)
-        if cutoff is not None:
-            similarity = {row: cosine for row, cosine in similarity.items() if cosine >= cutoff}
-        fused = dict.fromkeys(similarity, 0.0)
-        for order in ([row for row, _ in dense], matched):
-            for rank, row in enumerate((row for row in order if row in fused), start=1):
-                fused[row] += 1 / (RRF_K + rank)
-        best = sorted(fused, key=lambda row: (-fused[row], -similarity[row], row))[:k]
-        return [(row, similarity[row]) for row in best]
+        return hybrid.fuse([row for row, _ in dense], matched, similarity, k, cutoff)
 
     def _match(self, text: str, k: int, mask: Mask | None) -> list[tuple[int, float]]:
         """The nodes that hold any of the text's words, best first, by BM25."""
-        words = list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))[:WORDS_READ]
-        counts = {word: self._matches(word) for word in words}
-        frequent, budget, asked = max(len(self) // FREQUENT_SHARE, 1), MATCHES, []
-        for word in sorted((word for word in words if counts[word]), key=lambda word: counts[word]):
-            budget -= counts[word]
-            if counts[word] > frequent or budget < 0:
-                break
-            asked.append(word)
+        counts = {word: self._matches(word) for word in hybrid.words_of(text)}
+        asked = hybrid.worth_asking(counts, len(self))
         if not asked:
             return []
         ranked = self._execute(
@@ -284,7 +221,7 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         (count,) = self._execute(
             "SELECT count(*) FROM (SELECT 1 FROM node_text WHERE node_text MATCH ? LIMIT ?)",
             f'"{word}"',
-            MATCHES + 1,
+            hybrid.MATCHES + 1,
         ).fetchone()
         return int(count)
 
@@ -338,13 +275,13 @@ class SnapshotVectorStore(BasePydanticVectorStore):
         if filters is not None and filters.filters:
             masks.append(self._selected(filters.model_dump_json()))
         if node_ids is not None:
-            masks.append(self._rows("SELECT row FROM node WHERE node_id = ?", node_ids))
+            masks.append(self.rows("SELECT row FROM node WHERE node_id = ?", node_ids))
         if doc_ids is not None:
             sql = "SELECT row FROM node WHERE ref_doc_id = ?"
-            masks.append(self._rows(sql, doc_ids))
+            masks.append(self.rows(sql, doc_ids))
         return functools.reduce(np.bitwise_and, masks) if masks else None
 
-    def _rows(self, sql: str, values: Sequence[Any], *before: Any) -> Mask:
+    def rows(self, sql: str, values: Sequence[Any], *before: Any) -> Mask:
         """The rows that a statement selects for any of the values, which it takes as its last parameter, one at a time.
 
         (As one JSON list they would be cut at a NUL, and 'a' found for 'a\\0b'.)
@@ -355,75 +292,50 @@ class SnapshotVectorStore(BasePydanticVectorStore):
             found[np.fromiter((row for (row,) in cursor), dtype=np.int64)] = True
         return np.packbits(found, bitorder="little")
 
-    def _all(self) -> Mask:
-        return np.packbits(np.ones(len(self), dtype=np.bool_), bitorder="little")
-
-    def _not(self, mask: Mask) -> Mask:
-        return self._all() & ~mask
-
     def _select(self, filters_json: str) -> Mask:
-        return self._all_of(MetadataFilters.model_validate_json(filters_json))
-
-    def _all_of(self, filters: MetadataFilters) -> Mask:
-        masks = [self._all_of(f) if isinstance(f, MetadataFilters) else self._one(f) for f in filters.filters]
-        if not masks:
-            return self._all()
-        match filters.condition:
-            case FilterCondition.OR:
-                return functools.reduce(np.bitwise_or, masks)
-            case FilterCondition.NOT:
-                return self._not(functools.reduce(np.bitwise_or, masks))
-            case _:
-                return functools.reduce(np.bitwise_and, masks)
-
-    def _one(self, condition: MetadataFilter) -> Mask:
-        key, value, operator = condition.key, condition.value, condition.operator
-
-        def matching(sql: str, values: Sequence[Any], *before: Any) -> Mask:
-            return self._rows(sql, values, key, *before)
-
-        if operator == FilterOperator.IS_EMPTY:
-            return self._not(matching(_IS_NOT, [""]))
-        if operator in _NEED_A_LIST:
-            if not isinstance(value, list):
-                raise ValueError(f"the filter on {key!r} with {operator.value!r} needs a list")
-            match operator:
-                case FilterOperator.IN:
-                    return matching(_IS, value)
-                case FilterOperator.NIN:
-                    return self._not(matching(_IS, value))
-                case FilterOperator.ANY:
-                    return matching(_HOLDS, value)
-                case _:
-                    return functools.reduce(np.bitwise_and, (matching(_HOLDS, [one]) for one in value), self._all())
-        if value is None or isinstance(value, list):
-            raise ValueError(f"the filter on {key!r} with {operator.value!r} needs a single value")
-        match operator:
-            case FilterOperator.EQ:
-                return matching(_IS, [value])
-            case FilterOperator.NE:
-                return self._not(matching(_IS, [value]))
-            case FilterOperator.GT | FilterOperator.GTE | FilterOperator.LT | FilterOperator.LTE:
-                return matching(_COMPARED[operator], [value], isinstance(value, str))
-            case FilterOperator.CONTAINS if not isinstance(value, str):
-                return matching(_HOLDS, [value])
-        if not isinstance(value, str):
-            raise ValueError(f"the filter on {key!r} with {operator.value!r} needs a text")
-        match operator:
-            case FilterOperator.CONTAINS:
-                return matching(_HOLDS, [value]) | matching(_HAS_TEXT, [value])
-            case FilterOperator.TEXT_MATCH:
-                return matching(_HAS_TEXT, [value])
-            case FilterOperator.TEXT_MATCH_INSENSITIVE:
-                return matching(_HAS_TEXT_OF_ANY_CASE, [value.lower()])
-        raise ValueError(f"the filter on {key!r} uses {operator.value!r}, which is not supported")
+        return select(MetadataFilters.model_validate_json(filters_json), _Masks(self))
 
 
 def _above(scored: list[tuple[int, float]], cutoff: float | None) -> list[tuple[int, float]]:
     return scored if cutoff is None else [(row, score) for row, score in scored if score >= cutoff]
 
 
-_NEED_A_LIST = {FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL}
+class _Masks:
+    """Which rows a condition selects, as bitmaps."""
+
+    def __init__(self, store: SnapshotVectorStore) -> None:
+        self._store = store
+
+    def everything(self) -> Mask:
+        return np.packbits(np.ones(len(self._store), dtype=np.bool_), bitorder="little")
+
+    def all_but(self, selected: Mask) -> Mask:
+        return self.everything() & ~selected
+
+    def both(self, sets: Sequence[Mask]) -> Mask:
+        return functools.reduce(np.bitwise_and, sets)
+
+    def either(self, sets: Sequence[Mask]) -> Mask:
+        return functools.reduce(np.bitwise_or, sets)
+
+    def equal(self, key: str, values: Sequence[Any]) -> Mask:
+        return self._store.rows(_IS, values, key)
+
+    def hold(self, key: str, values: Sequence[Any]) -> Mask:
+        return self._store.rows(_HOLDS, values, key)
+
+    def filled(self, key: str) -> Mask:
+        return self._store.rows(_IS_NOT, [""], key)
+
+    def compare(self, key: str, comparison: str, value: Any) -> Mask:
+        return self._store.rows(_COMPARED[comparison], [value], key, isinstance(value, str))
+
+    def has_text(self, key: str, text: str, *, any_case: bool) -> Mask:
+        if any_case:
+            return self._store.rows(_HAS_TEXT_OF_ANY_CASE, [text.lower()], key)
+        return self._store.rows(_HAS_TEXT, [text], key)
+
+
 _IS = """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND value = ?"""
 _IS_NOT = """
@@ -438,16 +350,16 @@ SELECT row FROM metadata WHERE key = ? AND element = 0 AND typeof(value) = 'text
 AND instr(python_lower(value), ?)"""
 # For SQLite every text is greater than every number, which is never what a filter means.
 _COMPARED = {
-    FilterOperator.GT: """
+    ">": """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
 AND value > ?""",
-    FilterOperator.GTE: """
+    ">=": """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
 AND value >= ?""",
-    FilterOperator.LT: """
+    "<": """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
 AND value < ?""",
-    FilterOperator.LTE: """
+    "<=": """
 SELECT row FROM metadata WHERE key = ? AND element = 0 AND (typeof(value) = 'text') = ?
 AND value <= ?""",
 }

@@ -6,6 +6,7 @@ It runs in a mount and process namespace of its own and dies with the process th
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -21,7 +22,6 @@ from testhosts.shell import locked
 CACHE = Path(__file__).parents[3] / ".cache"
 PACKAGES = ("postgresql-17", "postgresql-17-pgvector")
 BIN = "/usr/lib/postgresql/17/bin"
-PASSWORD = "correct horse"  # of a server that lives for one test run, on loopback
 START_TIMEOUT_S = 30
 INSTALL = f"""
 set -eu
@@ -86,6 +86,7 @@ class Server:
     root: Path
     directory: Path
     port: int = field(default_factory=lambda: _free_port())
+    password: str = field(default_factory=secrets.token_hex, repr=False)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -108,7 +109,7 @@ class Server:
         (self.data / "pg_hba.conf").write_text(HBA)
         (self.data / "pg_ident.conf").write_text("root postgres postgres\nroot root postgres\n")
         self.start()
-        self.sql(f"CREATE ROLE ragrack LOGIN REPLICATION PASSWORD '{PASSWORD}'")
+        self.sql(f"CREATE ROLE ragrack LOGIN REPLICATION PASSWORD '{self.password}'")
         self.sql("CREATE DATABASE ragrack OWNER ragrack")
         self.sql("CREATE EXTENSION vector", database="ragrack")
 
@@ -118,7 +119,7 @@ class Server:
         self.inside(
             *["pg_basebackup", "--pgdata=/mnt/data", "--write-recovery-conf", "--checkpoint=fast", "--no-sync"],
             *["--wal-method=stream", f"--dbname=host=127.0.0.1 port={primary.port} user=ragrack sslmode=require"],
-            environment={"PGPASSWORD": PASSWORD},
+            environment={"PGPASSWORD": primary.password},
         )
         self.start()
 
@@ -195,9 +196,8 @@ def _free_port() -> int:
 
 
 def _run(*command: str, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C.UTF-8", "HOME": "/"} | (environment or {})
-    )
+    variables = {**os.environ, "LC_ALL": "C.UTF-8", "HOME": "/", **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout

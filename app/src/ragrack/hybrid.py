@@ -1,0 +1,56 @@
+"""Meaning and words together: which words of a question are looked for, and how the two orders become one.
+
+The same for every store, so that a collection that moves to another one is found in as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+RRF_K = 60
+"""Of reciprocal rank fusion, as in Cormack, Clarke and Büttcher, SIGIR 2009."""
+CANDIDATES = 20
+"""Nodes that each half of a hybrid query puts forward, at least."""
+WORDS_READ = 128
+"""Of a question, the first: what is past them decides nothing."""
+FREQUENT_SHARE = 8
+"""A word in more than one of so many nodes is not looked for: it says little about any, and fusion counts ranks."""
+MATCHES = 2_000
+"""Nodes that the words looked for may match, each counted alone: what a question costs at most, a microsecond each."""
+
+
+def words_of(text: str) -> Sequence[str]:
+    """In lower case, each once."""
+    return list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))[:WORDS_READ]
+
+
+def worth_asking(counts: Mapping[str, int], nodes: int) -> Sequence[str]:
+    """The words to look for, the rarest first. `counts`: the nodes that hold each, of `nodes` in all."""
+    frequent, budget, asked = max(nodes // FREQUENT_SHARE, 1), MATCHES, []
+    for word in sorted((word for word in counts if counts[word]), key=lambda word: counts[word]):
+        budget -= counts[word]
+        if counts[word] > frequent or budget < 0:
+            break
+        asked.append(word)
+    return asked
+
+
+def candidates(k: int) -> int:
+    """Nodes that each half puts forward for an answer of `k`."""
+    return max(2 * k, CANDIDATES)
+
+
+def fuse(
+    dense: Sequence[int], matched: Sequence[int], similarity: Mapping[int, float], k: int, cutoff: float | None
+) -> list[tuple[int, float]]:
+    """The best `k` rows with their cosines, by reciprocal rank in both orders.
+
+    `similarity` has the cosine of every row. One below the cut-off takes no other's place.
+    """
+    fused = {row: 0.0 for row, cosine in similarity.items() if cutoff is None or cosine >= cutoff}
+    for order in (dense, matched):
+        for rank, row in enumerate((row for row in order if row in fused), start=1):
+            fused[row] += 1 / (RRF_K + rank)
+    best = sorted(fused, key=lambda row: (-fused[row], -similarity[row], row))[:k]
+    return [(row, similarity[row]) for row in best]
