@@ -24,12 +24,15 @@ options:
     type: dict
   restart:
     description:
-      - V(pending) restarts PostgreSQL where Patroni says that a new value waits for it, replicas first and one at a time,
-        the primary last; each must be back before the next goes.
+      - V(pending) restarts PostgreSQL where Patroni says that a new value waits for it. Replicas come first, one at a
+        time, the primary last; each must be back before the next goes.
       - V(service) restarts the unit C(patroni) of this host, and returns when the cluster is whole again.
     type: str
     choices: [pending, service]
-  tls_dir: {description: Directory of C(ca.pem) and this host's C(fullchain.pem) and C(key.pem)., type: path, required: true}
+  tls_dir:
+    description: Directory of C(ca.pem) and this host's C(fullchain.pem) and C(key.pem).
+    type: path
+    required: true
   timeout: {description: Seconds that the cluster has to come up in., type: int, default: 180}
 attributes:
   check_mode:
@@ -58,8 +61,7 @@ import http.client
 import json
 import ssl
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +70,16 @@ from ansible.module_utils.basic import AnsibleModule
 UP = ("running", "streaming", "in archive recovery")
 
 
-class Unreachable(Exception):
+class UnreachableError(Exception):
     """No member gave an answer."""
 
 
+class NotWholeError(Exception):
+    """Members are missing, and time is up."""
+
+
 class Cluster:
-    """The cluster behind the REST APIs at `members` (URL by name). Raises Unreachable where none answers."""
+    """The cluster behind the REST APIs at `members` (URL by name). Raises UnreachableError where none answers."""
 
     def __init__(self, members: dict[str, str], context: ssl.SSLContext) -> None:
         self._members, self._context = members, context
@@ -99,14 +105,21 @@ class Cluster:
                 return json.loads(self._call(url, method, path, body))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 said.append(f"{name}: {error}")
-        raise Unreachable("; ".join(said))
+        raise UnreachableError("; ".join(said))
 
     def _call(self, url: str, method: str, path: str, body: Any = None, seconds: float = 15) -> bytes:
-        request = urllib.request.Request(  # noqa: S310 the URLs are the inventory's, all https
-            url + path, method=method, data=None if body is None else json.dumps(body).encode()
+        where = urllib.parse.urlsplit(url)
+        connection = http.client.HTTPSConnection(
+            where.hostname or "", where.port, timeout=seconds, context=self._context
         )
-        with urllib.request.urlopen(request, timeout=seconds, context=self._context) as response:  # noqa: S310
-            answer: bytes = response.read()
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            answer = response.read()
+        finally:
+            connection.close()
+        if response.status != http.client.OK:
+            raise http.client.HTTPException(f"{response.status} {answer.decode(errors='replace')}")
         return answer
 
 
@@ -145,11 +158,13 @@ def main() -> None:
     )
     try:
         module.exit_json(**Run(module).result())
-    except Unreachable as error:
+    except UnreachableError as error:
         if module.check_mode:
             module.exit_json(changed=True, pending=[], msg=f"no member answers yet: {error}")
         module.fail_json(msg=f"no member of the cluster answers: {error}")
-    except TimeoutError as error:
+    except http.client.HTTPException as error:
+        module.fail_json(msg=f"Patroni refuses: {error}")
+    except NotWholeError as error:
         module.fail_json(
             msg=f"the cluster is not whole: {error}; "
             "mend: read `journalctl -u patroni -u etcd` on the hosts named, then run this again"
@@ -195,19 +210,21 @@ class Run:
         """Restart who waits for it. Returns their names."""
         if self._module.check_mode:
             return pending(state)
-        # Patroni looks at its new configuration within one of its rounds.
-        deadline = time.monotonic() + config.get("loop_wait", 10) + 5
-        while not pending(state) and time.monotonic() < deadline:
-            time.sleep(1)
-            state = self._cluster.state()
-        waiting = pending(state)
-        for name in waiting:
-            self._cluster.restart(name)
-            self._whole()
-        return waiting
+        restarted: list[str] = []
+        # A smaller value takes two rounds: a replica keeps the larger one until the primary has let go of it.
+        for _ in range(3):
+            time.sleep(config.get("loop_wait", 10) + 2)  # Patroni looks at its configuration once in each of its rounds
+            waiting = pending(self._whole())
+            if not waiting:
+                return restarted
+            for name in waiting:
+                self._cluster.restart(name)
+                self._whole()
+            restarted += waiting
+        raise NotWholeError(f"{', '.join(waiting)} wait for a restart again and again")
 
     def _whole(self) -> list[dict[str, Any]]:
-        """The state of the cluster, once it is whole. Raises Unreachable or TimeoutError, with who is missing."""
+        """The state of the cluster, once it is whole. Raises UnreachableError or NotWholeError, with who is missing."""
         if self._module.check_mode:
             return self._cluster.state()
         deadline = time.monotonic() + self._asked["timeout"]
@@ -217,10 +234,10 @@ class Run:
                 problems = trouble(state, self._asked["expect"])
                 if not problems:
                     return state
-            except Unreachable as error:
+            except UnreachableError as error:
                 problems = [str(error)]
             if time.monotonic() > deadline:
-                raise TimeoutError("; ".join(problems))
+                raise NotWholeError("; ".join(problems))
             time.sleep(1)
 
 
