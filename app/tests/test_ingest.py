@@ -315,7 +315,7 @@ def test_killed_at_any_point_it_can_be_run_again(settings: Settings) -> None:
     for run_ in killed:
         assert run_["damage"] is None, "whatever is live is whole"
         assert run_["reported"] <= run_["kept"], "no more than the batch that was at work is lost"
-        assert run_["left"] == ["current", "history.jsonl", "snapshots", "staging.sqlite"]
+        assert run_["left"] == ["current", "history.jsonl", "snapshots", "staging.sqlite", "verified"]
         assert run_["snapshots"] == [run_["live"]]
     assert len({run["content"] for run in killed}) == 1, "all come to the same end"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,16 @@ def add_commands(commands: Any) -> None:
     ):
         command.add_argument("--json", action="store_true")
         command.set_defaults(run=run)
+
+    pull = index.add_parser("pull", help="fetch what is live at the host that ingests, and switch to it")
+    which = pull.add_mutually_exclusive_group()
+    which.add_argument("--collection", action="append", help="of this collection (may be repeated); of all by default")
+    which.add_argument("--missing", action="store_true", help="only of those that have no snapshot for these settings")
+    pull.add_argument(
+        "--wait", type=float, default=0, metavar="SECONDS", help="how long to wait for a source that has none yet"
+    )
+    pull.add_argument("--json", action="store_true", help="progress and result as JSON lines")
+    pull.set_defaults(run=_pull)
 
 
 def _positive(text: str) -> int:
@@ -238,6 +249,35 @@ def _verify(arguments: argparse.Namespace) -> int:
         for result in results:
             print(f"{result['collection']} {result['snapshot']}: {result['problem'] or 'as its manifest says'}")
     return 1 if any(result["problem"] for result in results) else 0
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from ragrack.progress import progress_to
+    from ragrack.pull import PullError, pull
+
+    settings = settings_here()
+    act_as_owner(settings.index_dir)
+    collections = collections_of(settings, arguments.collection)
+    if arguments.missing:
+        collections = [name for name in collections if directory_of(settings, name).current_id() is None]
+    if not collections:
+        print("every collection has a snapshot", file=sys.stderr)
+        return 0
+    failed = 0
+    deadline = time.monotonic() + arguments.wait
+    for name in collections:
+        progress = progress_to(sys.stderr, arguments.json)
+        try:
+            snapshot = pull(settings, name, progress, wait=deadline - time.monotonic())
+        except PullError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed = 1
+            continue
+        if arguments.json:
+            print_json({"collection": name, "snapshot": snapshot.id, **figures(snapshot.manifest)})
+        else:
+            print(f"{name}: snapshot {snapshot.id}")
+    return failed
 
 
 def _directories(collection: str | None) -> list[SnapshotDir]:

@@ -20,7 +20,7 @@ from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.schema import BaseNode, Document
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
-from ragrack import tenants
+from ragrack import integrity, tenants
 from ragrack.fingerprint import Fingerprint, ModelError
 from ragrack.golden import GoldenError, GoldenReport, GoldenSet, evaluate
 from ragrack.lock import BusyError, building
@@ -190,6 +190,7 @@ def _publish(
     same = _same_content(directory, content)
     if same is not None:
         _gate(golden, same.path, directory.collection, embedding, progress)
+        integrity.note(directory, same)
         return same
     with directory.new() as new:
         progress("write", 0, nodes)
@@ -212,7 +213,9 @@ def _publish(
             golden=report.model_dump() if report else None,
             skipped=skipped,
         )
-        return directory.publish(new, manifest)
+        snapshot = directory.publish(new, manifest)
+        integrity.note(directory, snapshot)
+        return snapshot
 
 
 def _gate(

@@ -80,6 +80,17 @@ class Settings(BaseSettings):
         description="Whether this host ingests, so that documents may be written here. It is the host's own.",
         examples=["true"],
     )
+    index_source: str | None = Field(
+        None,
+        pattern=r"^[^-\s'\"][^\s'\"]*[:/]$",
+        description="Where this host pulls snapshots from, as rsync names it; none: it ingests. It is the host's own.",
+        examples=["ragrack-pull@198.18.0.3:"],
+    )
+    index_ssh_config: Path = Field(
+        Path("/etc/ragrack/pull/ssh_config"),
+        description="Configuration of the ssh that it pulls by.",
+        examples=["/etc/ragrack/pull/ssh_config"],
+    )
     golden_dir: Path = Field(
         Path("/etc/ragrack/golden"),
         description="Where golden questions live, as <collection>.yml.",
@@ -573,7 +584,16 @@ def _validated_alone(values: Mapping[str, Any], bad: set[str]) -> dict[str, Any]
 
 def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
     """What fields that are sound alone say against each other: the fields looked at, and the problem."""
-    paths = ("index_dir", "documents_dir", "golden_dir", "embed_model_dir", "api_keys_file", "runtime_dir", "tokenizer")
+    paths = (
+        "index_dir",
+        "documents_dir",
+        "index_ssh_config",
+        "golden_dir",
+        "embed_model_dir",
+        "api_keys_file",
+        "runtime_dir",
+        "tokenizer",
+    )
     for name in paths:
         path: Path | None = getattr(settings, name)
         if path is not None and not path.is_absolute():

@@ -260,13 +260,13 @@ class SnapshotDir:
         with self._changing():
             self._flip(snapshot_id, why, back=back)
 
-    def offer(self, snapshot_id: str, why: str) -> bool:
-        """Makes it the live one unless `current` is held; then `resume` goes there. Returns whether it is live."""
+    def offer(self, snapshot_id: str, why: str, *, back: bool = False) -> bool:
+        """As `flip`, unless `current` is held; then `resume` goes there. Returns whether it is live."""
         self.get(snapshot_id)
         with self._changing():
             hold = self.held()
             if hold is None:
-                self._flip(snapshot_id, why)
+                self._flip(snapshot_id, why, back=back)
                 return True
             self._write_hold(dataclasses.replace(hold, next=snapshot_id))
             return self.current_id() == snapshot_id

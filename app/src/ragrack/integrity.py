@@ -1,0 +1,74 @@
+"""Whether a snapshot's files are what its manifest says, read once on a host and not in each of its workers.
+
+Who publishes a snapshot has read every byte of it and notes which files those were, by inode, size and time of the last
+write. Files that are still those need no second reading, whatever their size; any others are read and compared.
+
+    <index_dir>/<collection>/<fingerprint>/verified/<id>.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, file_sha256, write_file
+
+Signature = Mapping[str, Sequence[int]]
+"""By file, its inode, size in bytes and time of the last write in nanoseconds."""
+
+
+def signature(snapshot: Snapshot) -> Signature:
+    """Raises SnapshotError where a file cannot be looked at."""
+    found = {}
+    for name in snapshot.manifest.files:
+        try:
+            status = (snapshot.path / name).stat()
+        except OSError as error:
+            raise SnapshotError(f"snapshot {snapshot.id}: {name} cannot be read ({error.strerror})") from error
+        found[name] = [status.st_ino, status.st_size, status.st_mtime_ns]
+    return found
+
+
+def note(directory: SnapshotDir, snapshot: Snapshot) -> None:
+    """For who has compared every byte of it with the manifest. Notes of snapshots that are gone go, too."""
+    notes = _note(directory, snapshot.id).parent
+    notes.mkdir(exist_ok=True)
+    for old in notes.glob("*.json"):
+        if not (directory.snapshots / old.stem).is_dir():
+            old.unlink(missing_ok=True)
+    write_file(_note(directory, snapshot.id), json.dumps(signature(snapshot)).encode())
+
+
+def is_noted(directory: SnapshotDir, snapshot: Snapshot) -> bool:
+    noted: object = None
+    with contextlib.suppress(OSError, ValueError):
+        noted = json.loads(_note(directory, snapshot.id).read_bytes())
+    return noted == signature(snapshot)
+
+
+def check(directory: SnapshotDir, snapshot: Snapshot) -> None:
+    """Looks at its files, and reads those that nobody noted. Raises SnapshotError, which names all that differ."""
+    snapshot.check()
+    if is_noted(directory, snapshot):
+        return
+    wrong = damage(snapshot.path, snapshot.manifest)
+    if wrong:
+        raise SnapshotError(f"snapshot {snapshot.id}: {'; '.join(wrong.values())}")
+
+
+def damage(path: Path, manifest: Manifest) -> Mapping[str, str]:
+    """By name, what is wrong with a file of the snapshot at `path`. Reads every byte."""
+    wrong = {}
+    for name, entry in manifest.files.items():
+        try:
+            if file_sha256(path / name) != entry.sha256:
+                wrong[name] = f"{name} is not what was written"
+        except OSError as error:
+            wrong[name] = f"{name} cannot be read ({error.strerror})"
+    return wrong
+
+
+def _note(directory: SnapshotDir, snapshot_id: str) -> Path:
+    return directory.root / "verified" / f"{snapshot_id}.json"
