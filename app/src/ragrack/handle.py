@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from ragrack import integrity, pull
 from ragrack.snapshot import Snapshot, SnapshotDir, SnapshotError
 from ragrack.store import SnapshotVectorStore
+
+log = logging.getLogger(__name__)
 
 
 class IndexUnavailableError(Exception):
@@ -21,6 +25,8 @@ class OpenSnapshot:
     """A snapshot and its store; `users` and `retired` are the handle's."""
 
     snapshot: Snapshot
+    signature: integrity.Signature
+    """Of the files, as they were when they were found to be what the manifest says."""
     store: SnapshotVectorStore
     users: int = field(default=0, repr=False)
     retired: bool = field(default=False, repr=False)
@@ -30,19 +36,28 @@ class IndexHandle:
     """What a worker answers from. Make it after the fork.
 
     Only `use` raises for a missing or bad snapshot: a worker starts unready, says why, and follows `current` on.
-    A bad one is never swapped in; the one that is open goes on answering.
+    A bad one is never opened; the one that is open goes on answering.
     """
 
     def __init__(
-        self, directory: SnapshotDir, *, threads: int = 2, warm: Callable[[SnapshotVectorStore], None] | None = None
+        self,
+        directory: SnapshotDir,
+        *,
+        threads: int = 2,
+        warm: Callable[[SnapshotVectorStore], None] | None = None,
+        pulled: bool = False,
     ) -> None:
+        """`pulled`: snapshots come from another host, so what hinders that is worth telling."""
         self._directory = directory
         self._threads = threads
         self._warm = warm
+        self._pulled = pulled
         self._lock = threading.Lock()
         self._polling = threading.Lock()
         self._open: OpenSnapshot | None = None
         self._problem: str | None = None
+        self._pull_problem: str | None = None
+        self._checked: tuple[integrity.Signature, str | None] | None = None
         self._closed = False
         self.poll()
 
@@ -61,6 +76,11 @@ class IndexHandle:
         """Why what `current` points at is not what answers; None when all is well."""
         return self._problem
 
+    @property
+    def pull_problem(self) -> str | None:
+        """Why the last pull of this host failed; None where it did not, or where this host ingests."""
+        return self._pull_problem
+
     @contextlib.contextmanager
     def use(self) -> Iterator[OpenSnapshot]:
         """The open snapshot. It stays open until the block ends, whatever `current` does.
@@ -78,27 +98,25 @@ class IndexHandle:
             self._leave(opened)
 
     def poll(self) -> bool:
-        """Follows `current`: opens, warms, swaps. True when it swapped. Blocks while it opens."""
+        """Follows `current`: opens, warms, swaps. True when it swapped. Blocks while it opens. Never raises."""
         with self._polling:
             if self._closed:
                 return False
             try:
-                snapshot = self._directory.current()
-                if snapshot is None:
-                    raise SnapshotError(
-                        f"collection {self._directory.collection} has no index with fingerprint "
-                        f"{self._directory.fingerprint}: run `ragrack ingest --collection {self._directory.collection}`"
-                    )
-                if snapshot.id == self.snapshot_id:
-                    self._problem = None
-                    return False
-                snapshot.check()
-                fresh = OpenSnapshot(snapshot, self._open_warm(snapshot))
+                last = pull.last(self._directory) if self._pulled else None
+                self._pull_problem = last.problem if last else None
+                fresh = self._newer()
             except (SnapshotError, OSError) as error:
                 self._problem = str(error)
                 return False
-            self._swap(fresh)
+            except Exception as error:
+                log.exception("the index of %s cannot be followed", self._directory.collection)
+                self._problem = f"failed with {type(error).__name__}"
+                return False
             self._problem = None
+            if fresh is None:
+                return False
+            self._swap(fresh)
             return True
 
     async def watch(self, interval: float = 1.0) -> None:
@@ -112,6 +130,31 @@ class IndexHandle:
         with self._polling:
             self._closed = True
             self._swap(None)
+
+    def _newer(self) -> OpenSnapshot | None:
+        """What `current` points at, verified, opened and warm; None where that is open. Raises SnapshotError."""
+        snapshot = self._directory.current()
+        if snapshot is None:
+            raise SnapshotError(
+                f"collection {self._directory.collection} has no index with fingerprint "
+                f"{self._directory.fingerprint}: run `ragrack ingest --collection {self._directory.collection}`"
+            )
+        signature = integrity.signature(snapshot)
+        if self._open and self._open.snapshot.id == snapshot.id and self._open.signature == signature:
+            return None
+        if self._checked is None or self._checked[0] != signature:
+            # Read once: it is asked for again in a second.
+            self._checked = signature, self._damage(snapshot)
+        if self._checked[1] is not None:
+            raise SnapshotError(self._checked[1])
+        return OpenSnapshot(snapshot, signature, self._open_warm(snapshot))
+
+    def _damage(self, snapshot: Snapshot) -> str | None:
+        try:
+            integrity.check(self._directory, snapshot)
+        except SnapshotError as error:
+            return str(error)
+        return None
 
     def _open_warm(self, snapshot: Snapshot) -> SnapshotVectorStore:
         store = SnapshotVectorStore.open(snapshot.path, self._threads)

@@ -1,7 +1,9 @@
 """Whether a snapshot's files are what its manifest says, read once on a host and not in each of its workers.
 
-Who publishes a snapshot has read every byte of it and notes which files those were, by inode, size and time of the last
-write. Files that are still those need no second reading, whatever their size; any others are read and compared.
+Who publishes a snapshot has read every byte of it and notes which files those were: inode, size, time of the last
+write, and a hash of both ends, for a disk that loses bytes changes no time, and FAISS takes a damaged head for sizes
+and may ask for all of the memory. Files that are still those need no second reading, whatever their size; others are
+read whole.
 
     <index_dir>/<collection>/<fingerprint>/verified/<id>.json
 """
@@ -9,20 +11,24 @@ write. Files that are still those need no second reading, whatever their size; a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, file_sha256, write_file
+from ragrack.snapshot import MANIFEST, Manifest, Snapshot, SnapshotDir, SnapshotError, file_sha256, write_file
+
+END_BYTES = 64 * 1024
 
 Signature = Mapping[str, Sequence[int]]
-"""By file, its inode, size in bytes and time of the last write in nanoseconds."""
+"""By file, the manifest too, its inode, size in bytes and time of the last write in nanoseconds."""
 
 
 def signature(snapshot: Snapshot) -> Signature:
     """Raises SnapshotError where a file cannot be looked at."""
     found = {}
-    for name in snapshot.manifest.files:
+    for name in (MANIFEST, *snapshot.manifest.files):
         try:
             status = (snapshot.path / name).stat()
         except OSError as error:
@@ -38,14 +44,28 @@ def note(directory: SnapshotDir, snapshot: Snapshot) -> None:
     for old in notes.glob("*.json"):
         if not (directory.snapshots / old.stem).is_dir():
             old.unlink(missing_ok=True)
-    write_file(_note(directory, snapshot.id), json.dumps(signature(snapshot)).encode())
+    write_file(_note(directory, snapshot.id), json.dumps(_glance(snapshot)).encode())
 
 
 def is_noted(directory: SnapshotDir, snapshot: Snapshot) -> bool:
-    noted: object = None
+    """Whether its files look like those that were compared. Reads little of them."""
     with contextlib.suppress(OSError, ValueError):
-        noted = json.loads(_note(directory, snapshot.id).read_bytes())
-    return noted == signature(snapshot)
+        return bool(json.loads(_note(directory, snapshot.id).read_bytes()) == _glance(snapshot))
+    return False
+
+
+def _glance(snapshot: Snapshot) -> Mapping[str, Mapping[str, object]]:
+    return {
+        "files": signature(snapshot),
+        "ends": {name: _ends(snapshot.path / name) for name in snapshot.manifest.files},
+    }
+
+
+def _ends(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(END_BYTES)
+        file.seek(max(file.seek(0, os.SEEK_END) - END_BYTES, 0))
+        return hashlib.sha256(head + file.read(END_BYTES)).hexdigest()
 
 
 def check(directory: SnapshotDir, snapshot: Snapshot) -> None:

@@ -84,6 +84,13 @@ SNAPSHOT_CREATED = Gauge(
     ["collection"],
     multiprocess_mode="livemin",
 )
+SNAPSHOT_PROBLEM = Gauge(
+    "ragrack_snapshot_problem",
+    "1 while an older snapshot, or none, answers. kind: `live`, what is live cannot be opened; `pull`, the last pull "
+    "failed.",
+    ["collection", "kind"],
+    multiprocess_mode="livemax",
+)
 HANDLER_ERRORS = Counter(
     "ragrack_instrumentation_errors",
     "Exceptions in the service's handlers of LlamaIndex's spans and events, which LlamaIndex would swallow.",
@@ -107,6 +114,7 @@ ALL = (
     RETRIES,
     BREAKER,
     SNAPSHOT_CREATED,
+    SNAPSHOT_PROBLEM,
     HANDLER_ERRORS,
 )
 

@@ -376,6 +376,10 @@ class QueryService:
         checks = [
             Check("embedding", self._embedding_problem),
             *(Check(f"index:{name}", _IndexProbe(self._handles.get(name))) for name in self._settings.collections),
+            *(
+                Check(f"snapshot:{name}", _SnapshotProbe(handle), required=False)
+                for name, handle in self._handles.items()
+            ),
         ]
         if self._settings.answer == "generate":
             checks.append(Check("llm", self._llm_problem, required=False))
@@ -406,6 +410,23 @@ class _IndexProbe:
             return "it cannot be looked for without the embedding model"
         # A snapshot that answers is enough, even while a newer one that `current` points at cannot be opened.
         return None if self.handle.snapshot_id is not None else self.handle.problem
+
+
+@dataclass(frozen=True)
+class _SnapshotProbe:
+    """Of a collection that answers: whether what answers is what should."""
+
+    handle: IndexHandle
+
+    async def __call__(self) -> str | None:
+        answering = self.handle.snapshot_id
+        if answering is None:
+            return None
+        if self.handle.problem is not None:
+            return f"{answering} goes on answering, as what is live cannot be opened: {self.handle.problem}"
+        if self.handle.pull_problem is not None:
+            return f"{answering} goes on answering, as nothing newer could be fetched: {self.handle.pull_problem}"
+        return None
 
 
 class _Clock:
@@ -463,13 +484,15 @@ async def running(settings: Settings) -> AsyncIterator[QueryService]:
             stack.callback(embedding.close)
             stack.enter_context(globals_sealed(settings, embedding.tokens, llm_tokens, site.callback_handlers))
             for name in settings.collections:
-                handle = IndexHandle(SnapshotDir(settings.index_dir, name, fingerprint))
+                handle = IndexHandle(
+                    SnapshotDir(settings.index_dir, name, fingerprint), pulled=settings.index_source is not None
+                )
                 stack.callback(handle.close)
                 await asyncio.to_thread(handle.poll)
                 handles[name] = handle
                 await stack.enter_async_context(_background(handle.watch()))
         models = await stack.enter_async_context(llms.opened(settings))
-        await stack.enter_async_context(_background(_tell_ages(handles)))
+        await stack.enter_async_context(_background(_tell_snapshots(handles)))
         yield QueryService(settings, embedding, fingerprint, handles, models.llm, models.http)
 
 
@@ -484,9 +507,11 @@ async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[No
             await task
 
 
-async def _tell_ages(handles: Mapping[str, IndexHandle]) -> None:
+async def _tell_snapshots(handles: Mapping[str, IndexHandle]) -> None:
     while True:
         for name, handle in handles.items():
+            metrics.SNAPSHOT_PROBLEM.labels(name, "live").set(handle.problem is not None)
+            metrics.SNAPSHOT_PROBLEM.labels(name, "pull").set(handle.pull_problem is not None)
             if handle.snapshot is not None:
                 created = datetime.fromisoformat(handle.snapshot.manifest.created)
                 metrics.SNAPSHOT_CREATED.labels(name).set(created.timestamp())

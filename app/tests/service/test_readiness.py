@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 from ragrack.api import create_app
+from ragrack.fingerprint import Fingerprint
 from ragrack.health import Check, Readiness
 from ragrack.ingest import ingest
 from ragrack.settings import Settings
+from ragrack.snapshot import SnapshotDir
 
 from .conftest import Running, running_app
 
@@ -21,13 +25,17 @@ def check(report: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-async def until_ready(client: httpx.AsyncClient) -> httpx.Response:
+async def until(client: httpx.AsyncClient, path: str, holds: Callable[[httpx.Response], bool]) -> httpx.Response:
     async with asyncio.timeout(30):
         while True:
-            response = await client.get("/readyz")
-            if response.status_code == 200:
+            response = await client.get(path)
+            if holds(response):
                 return response
             await asyncio.sleep(0.05)
+
+
+async def until_ready(client: httpx.AsyncClient) -> httpx.Response:
+    return await until(client, "/readyz", lambda response: response.status_code == 200)
 
 
 async def test_each_collection_is_named_and_the_missing_one_makes_it_unready(client: httpx.AsyncClient) -> None:
@@ -78,6 +86,44 @@ async def test_queries_go_on_while_a_new_snapshot_takes_over(client: httpx.Async
     answer = await client.post("/query", json={"query": "How many ship models does the museum show?"})
     assert statuses == {200}
     assert "forty" in answer.json()["response"]
+
+
+async def test_a_damaged_snapshot_is_told_while_the_one_before_answers(
+    client: httpx.AsyncClient, settings: Settings
+) -> None:
+    directory = SnapshotDir(settings.index_dir, "island", Fingerprint.of(settings).digest)
+    before = directory.current()
+    assert before is not None
+    damaged = directory.snapshots / "20991231T000000Z-00000000"
+    shutil.copytree(before.path, damaged)
+    vectors = damaged / "vectors.faiss"
+    data = vectors.read_bytes()
+    vectors.chmod(0o644)
+    vectors.write_bytes(data[:100] + bytes(100) + data[200:])
+    directory.flip(damaged.name, "test")
+    response = await until(client, "/readyz", lambda r: not check(r.json(), "snapshot:island")["ok"])
+    found = check(response.json(), "snapshot:island")
+    assert not found["required"]
+    assert found["reason"].startswith(f"{before.id} goes on answering")
+    assert "vectors.faiss is not what was written" in found["reason"]
+    assert check(response.json(), "index:island")["ok"]
+    assert (await client.get("/version")).json()["snapshots"]["island"] == before.id
+    assert (await client.post("/query", json={"query": "ferry", "collection": "island"})).status_code == 200
+    gauge = 'ragrack_snapshot_problem{collection="island",kind="live"} 1.0'
+    await until(client, "/metrics", lambda r: gauge in r.text)
+    vectors.write_bytes(data)
+    await until(client, "/version", lambda r: r.json()["snapshots"]["island"] == damaged.name)
+
+
+async def test_a_pull_that_failed_is_told_and_hinders_nothing(settings: Settings, run: Running) -> None:
+    directory = SnapshotDir(settings.index_dir, "island", Fingerprint.of(settings).digest)
+    outcome = {"at": "20261124T000000Z", "snapshot": None, "problem": "ingest: no route to host"}
+    (directory.root / "pull.json").write_text(json.dumps(outcome))
+    pulling = settings.model_copy(update={"index_source": "ragrack-pull@ingest:", "collections": ("island",)})
+    async with run(pulling) as client:
+        report = (await client.get("/readyz")).json()
+    assert (report["ready"], report["degraded"]) == (True, True)
+    assert "no route to host" in check(report, "snapshot:island")["reason"]
 
 
 async def test_without_its_embedding_model_it_starts_and_says_so(
