@@ -16,7 +16,8 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 from ragrack import integrity
 from ragrack.handle import IndexHandle, IndexUnavailableError
 from ragrack.snapshot import Manifest, Snapshot, SnapshotDir
-from ragrack.store import SnapshotVectorStore, write_snapshot_files
+from ragrack.store import SnapshotVectorStore
+from ragrack.writer import write_snapshot_files
 
 VECTOR = [1.0, 0.0, 0.0]
 

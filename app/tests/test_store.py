@@ -18,7 +18,8 @@ from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQue
 from ragrack.embedding import MiniLMEmbedding
 from ragrack.readonly import ReadOnlyError
 from ragrack.snapshot import SnapshotError
-from ragrack.store import FLAT_BELOW, NODES, VECTORS, SnapshotVectorStore, write_snapshot_files
+from ragrack.store import NODES, VECTORS, SnapshotVectorStore
+from ragrack.writer import FLAT_BELOW, write_snapshot_files
 
 DIMENSIONS = 16
 HOSTILE = "t3' OR '1'='1"
@@ -340,7 +341,7 @@ def test_missing_damaged_or_strange_files_are_refused(tmp_path: Path) -> None:
     where = write(tmp_path / "s", [node(0, {})])
     other = write(tmp_path / "other", [node(0, {}), node(1, {})])
     (where / NODES).write_bytes((other / NODES).read_bytes())
-    with pytest.raises(SnapshotError, match=r"has 1 vectors, nodes\.sqlite has 2 nodes"):
+    with pytest.raises(SnapshotError, match=r"has 1 vectors, nodes\.sqlite has 2 rows"):
         SnapshotVectorStore.open(where)
     (where / NODES).write_bytes(b"no database at all" * 100)
     with pytest.raises(SnapshotError, match="cannot be opened"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ragrack.settings import Settings
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raise it when the files of a snapshot, or the text that the readers draw from a document, change."""
 
 

@@ -6,7 +6,7 @@ The same for every store, so that a collection that moves to another one is foun
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 RRF_K = 60
 """Of reciprocal rank fusion, as in Cormack, Clarke and Büttcher, SIGIR 2009."""
@@ -25,12 +25,21 @@ def words_of(text: str) -> Sequence[str]:
     return list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))[:WORDS_READ]
 
 
-def worth_asking(counts: Mapping[str, int], nodes: int) -> Sequence[str]:
-    """The words to look for, the rarest first. `counts`: the nodes that hold each, of `nodes` in all."""
-    frequent, budget, asked = max(nodes // FREQUENT_SHARE, 1), MATCHES, []
+def frequent(count: int, nodes: int) -> bool:
+    """Whether a word that so many of the nodes hold is in too many."""
+    return count > max(nodes // FREQUENT_SHARE, 1)
+
+
+def worth_asking(counts: Mapping[str, int], nodes: int, rare: Collection[str] = ()) -> Sequence[str]:
+    """The words to look for, the rarest first. `counts`: the nodes that hold each, of `nodes` in all.
+
+    Where these are a part of the index, such as a tenant's, `rare` names the words that are not frequent in all of it:
+    they say much about a node, in however many of a few nodes they are.
+    """
+    budget, asked = MATCHES, []
     for word in sorted((word for word in counts if counts[word]), key=lambda word: counts[word]):
         budget -= counts[word]
-        if counts[word] > frequent or budget < 0:
+        if budget < 0 or (frequent(counts[word], nodes) and word not in rare):
             break
         asked.append(word)
     return asked

@@ -30,7 +30,8 @@ from ragrack.readers import DocumentError, find_documents, read_document
 from ragrack.remote import EmbeddingUnavailableError
 from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, timestamp
 from ragrack.staging import Staging
-from ragrack.store import SnapshotVectorStore, write_snapshot_files
+from ragrack.store import SnapshotVectorStore
+from ragrack.writer import Written, update_snapshot_files, write_snapshot_files
 
 if TYPE_CHECKING:
     from ragrack.settings import Settings
@@ -194,7 +195,10 @@ def _publish(
         return same
     with directory.new() as new:
         progress("write", 0, nodes)
-        written = write_snapshot_files(_counted(staging.nodes(), nodes, progress), nodes, fingerprint.dimensions, new)
+        written = _updated(staging, directory, parent, new)
+        if written is None:
+            every = _counted(staging.nodes(), nodes, progress)
+            written = write_snapshot_files(every, nodes, fingerprint.dimensions, new)
         report = _gate(golden, new, directory.collection, embedding, progress)
         now = timestamp()
         manifest = Manifest(
@@ -216,6 +220,17 @@ def _publish(
         snapshot = directory.publish(new, manifest)
         integrity.note(directory, snapshot)
         return snapshot
+
+
+def _updated(staging: Staging, directory: SnapshotDir, parent: Snapshot | None, new: Path) -> Written | None:
+    """The files, made out of the live snapshot's; None where those are damaged or all is better written anew."""
+    if parent is None:
+        return None
+    try:
+        directory.verify(parent.id)
+    except SnapshotError:
+        return None
+    return update_snapshot_files(parent.path, staging, new)
 
 
 def _gate(

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from llama_index.core.schema import BaseNode
 from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
-from llama_index.core.storage.docstore.utils import doc_to_json, json_to_doc
 from llama_index.core.storage.kvstore.types import DEFAULT_BATCH_SIZE, DEFAULT_COLLECTION, BaseKVStore
 from llama_index.core.vector_stores.types import BasePydanticVectorStore, VectorStoreQuery, VectorStoreQueryResult
 from pydantic import PrivateAttr
+
+from ragrack.stored import StoredNode
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS file (document TEXT PRIMARY KEY, sha256 TEXT NOT NULL, problem TEXT);
@@ -28,13 +29,21 @@ CREATE TABLE IF NOT EXISTS node (
     number INTEGER PRIMARY KEY,
     ref_doc_id TEXT NOT NULL,
     node_id TEXT NOT NULL UNIQUE,
-    hash TEXT NOT NULL,
-    node TEXT NOT NULL,
+    text TEXT NOT NULL,
+    metadata TEXT NOT NULL,
+    rest TEXT NOT NULL,
+    digest BLOB NOT NULL,
     embedding BLOB NOT NULL
 );
 CREATE INDEX IF NOT EXISTS node_ref_doc_id ON node (ref_doc_id, number);
 CREATE TABLE IF NOT EXISTS docstore (collection TEXT, key TEXT, value TEXT NOT NULL, PRIMARY KEY (collection, key));
 """
+
+_NODES = """
+SELECT embedding, node_id, ref_doc_id, text, metadata, rest FROM node ORDER BY ref_doc_id, number"""
+_SOME = """
+SELECT embedding, node_id, ref_doc_id, text, metadata, rest FROM node
+WHERE node_id IN (SELECT value FROM json_each(?)) ORDER BY ref_doc_id, number"""
 
 
 class Staging:
@@ -93,20 +102,23 @@ class Staging:
     def content(self) -> str:
         """SHA-256 over the nodes, in order."""
         digest = hashlib.sha256()
-        for node_id, node_hash in self._connection.execute(
-            "SELECT node_id, hash FROM node ORDER BY ref_doc_id, number"
+        for node_id, node_digest in self._connection.execute(
+            "SELECT node_id, digest FROM node ORDER BY ref_doc_id, number"
         ):
-            digest.update(f"{json.dumps(node_id)} {node_hash}\n".encode())
+            digest.update(f"{json.dumps(node_id)} {node_digest.hex()}\n".encode())
         return digest.hexdigest()
+
+    def digests(self) -> Iterator[tuple[str, bytes]]:
+        """Of each node its id and what tells its versions apart, by id."""
+        return self._connection.execute("SELECT node_id, digest FROM node ORDER BY node_id")
 
     def nodes(self) -> Iterator[BaseNode]:
         """With their embeddings, by document, in the order of its text."""
-        for node_json, embedding in self._connection.execute(
-            "SELECT node, embedding FROM node ORDER BY ref_doc_id, number"
-        ):
-            node = json_to_doc(json.loads(node_json))
-            node.embedding = np.frombuffer(embedding, dtype="<f4").tolist()
-            yield node
+        return map(_node, self._connection.execute(_NODES))
+
+    def some(self, node_ids: Sequence[str]) -> Iterator[BaseNode]:
+        """The nodes with these ids, as `nodes` gives them."""
+        return map(_node, self._connection.execute(_SOME, (json.dumps(node_ids),)))
 
 
 class StagingVectorStore(BasePydanticVectorStore):
@@ -127,16 +139,11 @@ class StagingVectorStore(BasePydanticVectorStore):
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         self._connection.executemany(
-            "INSERT INTO node (ref_doc_id, node_id, hash, node, embedding) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO node (node_id, ref_doc_id, text, metadata, rest, digest, embedding)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
             [
-                (
-                    node.ref_doc_id,
-                    node.node_id,
-                    node.hash,
-                    json.dumps(doc_to_json(node.model_copy(update={"embedding": None})), ensure_ascii=False),
-                    np.asarray(node.get_embedding(), dtype="<f4").tobytes(),
-                )
-                for node in nodes
+                (*stored, stored.digest(), np.asarray(node.get_embedding(), dtype="<f4").tobytes())
+                for node, stored in ((node, StoredNode.of(node)) for node in nodes)
             ],
         )
         return [node.node_id for node in nodes]
@@ -146,6 +153,13 @@ class StagingVectorStore(BasePydanticVectorStore):
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         raise TypeError("the staging area of an ingest answers no queries: open a snapshot")
+
+
+def _node(row: tuple[Any, ...]) -> BaseNode:
+    embedding, *stored = row
+    node = StoredNode(*stored).node()
+    node.embedding = np.frombuffer(embedding, dtype="<f4").tolist()
+    return node
 
 
 class _KVStore(BaseKVStore):
