@@ -88,6 +88,13 @@ class Systemd:
         )
         return done.stdout.splitlines()
 
+    def said(self, unit: str, since: str) -> list[str]:
+        """What a unit wrote since a time, in journalctl's words (`@` and the seconds since 1970)."""
+        subprocess.run(["journalctl", "--sync"], capture_output=True, check=False)
+        return self._ask(
+            *("journalctl", "-u", unit, "-n", "1000", f"--since={since}", "-o", "cat", "--no-pager")
+        ).splitlines()
+
     def backlog(self, socket_path: Path) -> int:
         """Connections that a listening socket has not accepted yet; 0 when nothing listens there."""
         for line in self._ask("ss", "-xlnH").splitlines():

@@ -139,8 +139,13 @@ def start(unit):
         return 0
     HOST.joinpath("log").mkdir(exist_ok=True)
     with HOST.joinpath("log", unit).open("a") as log:
-        if kind == "ragrack-index":
-            code = spawn(unit, release, ["ingest", "missing"], log).wait()
+        if kind in ("ragrack-index", "ragrack-ingest"):
+            ingest = [HOST / "ingest", release]
+            code = (
+                spawn(unit, release, ["ingest", "missing"], log)
+                if kind == "ragrack-index"
+                else subprocess.Popen(ingest, stdout=log, stderr=log)
+            ).wait()
             save(unit, {"ActiveState": "failed" if code else "inactive", "Result": "exit-code" if code else "success"})
             if code:
                 print(f"Job for {unit} failed.", file=sys.stderr)

@@ -182,6 +182,8 @@ def _ingest(arguments: argparse.Namespace) -> int:
     act_as_owner(settings.index_dir)
     failed = 0
     for name in collections:
+        directory = directory_of(settings, name)
+        before, there = directory.current_id(), {snapshot.id for snapshot in directory.list()}
         try:
             snapshot = ingest(settings, name, progress_to(sys.stderr, arguments.json))
         except IngestError as error:
@@ -189,11 +191,11 @@ def _ingest(arguments: argparse.Namespace) -> int:
             failed = 1
             continue
         manifest = snapshot.manifest
-        directory = directory_of(settings, name)
         live, hold = directory.current_id() == snapshot.id, directory.held()
         if arguments.json:
-            state = {"live": live, "held": asdict(hold) if hold else None}
-            print_json({"collection": name, "snapshot": snapshot.id, **state, **figures(manifest)})
+            state = {"from": before, "snapshot": snapshot.id, "built": snapshot.id not in there, "live": live}
+            held = asdict(hold) if hold else None
+            print_json({"collection": name, **state, "held": held, **figures(manifest)})
         else:
             not_live = f"; not live: {name} is {hold.words()}" if hold and not live else ""
             print(f"{name}: snapshot {snapshot.id}, {manifest.documents} documents, {manifest.nodes} nodes{not_live}")

@@ -1,0 +1,71 @@
+"""What `ragrack_status` found on each host, as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HEAD = ("HOST", "RELEASE", "PREVIOUS", "STATE", "COLLECTION", "SERVES", "CURRENT", "HELD")
+
+
+def ragrack_status_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The registered results by host, a row for each collection; below it, problems, who changes it, last deploys."""
+    rows = [HEAD, *(row for name, found in hosts.items() for row in _rows(name, found))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    problems = [f"{name}: {problem}" for name, found in hosts.items() for problem in found.get("problems", [])]
+    locks = [f"{name}: {found['lock']}" for name, found in hosts.items() if found.get("lock")]
+    sections = [
+        table,
+        _titled("Problems", problems),
+        _titled("Lock", locks or ["free"]),
+        _titled("Last", _deploys(hosts)),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _rows(host: str, found: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
+    if "state" not in found:
+        said = str(found.get("msg", "it did not answer")).strip().splitlines() or ["it did not answer"]
+        return [(host, "-", "-", f"unreachable: {said[-1]}", "-", "-", "-", "-")]
+    first = (host, _cell(found["release"]), _cell(found["previous"]), str(found["state"]))
+    rest = ("", "", "", "")
+    cells = [
+        (index["collection"], _cell(index["serves"]), _same(index), _held(index["held"])) for index in found["indexes"]
+    ] or [("-", "-", "-", "-")]
+    return [(*(rest if number else first), *row) for number, row in enumerate(cells)]
+
+
+def _same(index: Mapping[str, Any]) -> str:
+    return "the same" if index["current"] == index["serves"] and index["current"] else _cell(index["current"])
+
+
+def _held(held: Mapping[str, Any] | None) -> str:
+    return f"since {held['at']} ({held['why']})" if held else "-"
+
+
+def _cell(value: str | None) -> str:
+    return value or "-"
+
+
+def _titled(title: str, lines: Sequence[str]) -> Sequence[str]:
+    return [f"{title}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _deploys(hosts: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """One line for each run, newest last, though every host has one of its own."""
+    runs: dict[str, dict[str, Any]] = {}
+    for name, found in hosts.items():
+        for event in found.get("deploys", []):
+            key = f"{event.get('run') or event['time']} {event['what']} {event['result']}"
+            runs.setdefault(key, {**event, "hosts": []})["hosts"].append(name)
+    return [
+        f"{event['time']} {event['what']}: {_cell(event.get('from'))} -> {_cell(event.get('to'))} {event['result']}, "
+        f"{event.get('seconds', '-')} s, by {event['who']} on {', '.join(event['hosts'])}"
+        for event in sorted(runs.values(), key=lambda event: str(event["time"]))
+    ]
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Any]:
+        return {"ragrack_status_table": ragrack_status_table}

@@ -1,0 +1,163 @@
+#!/usr/bin/python
+"""What a host serves, and what it would."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: ragrack_status
+short_description: Which release and which snapshots a host serves, and who changes it
+description:
+  - Reads; changes nothing.
+  - What serves is what the live release says on its own socket, not what a file says it should.
+  - A part that cannot be told is null, and RV(problems) says why.
+options:
+  root:
+    description: Where the releases are.
+    type: path
+    default: /opt/ragrack
+  run_dir:
+    description: Where the releases have their sockets.
+    type: path
+    default: /run/ragrack
+  deploys:
+    description: How many deploys, rollbacks and ingests of the history to return.
+    type: int
+    default: 5
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+author: ragrack maintainers (@ragrack)
+"""
+
+EXAMPLES = r"""
+- name: Look at the host
+  ragrack_status:
+  register: status
+"""
+
+RETURN = r"""
+release: {description: The live release., type: str, returned: always}
+previous: {description: Where a rollback goes., type: str, returned: always}
+state:
+  description: V(ready), V(not ready), V(not running) or V(nothing deployed).
+  type: str
+  returned: always
+indexes:
+  description: C(collection), C(serves), C(current), C(previous) and C(held) of each collection.
+  type: list
+  elements: dict
+  returned: always
+lock: {description: Who changes the fleet now, in words., type: str, returned: always}
+deploys: {description: The last lines of the audit log., type: list, elements: dict, returned: always}
+problems: {description: What is wrong, one sentence each., type: list, elements: str, returned: always}
+"""
+
+import http.client
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+if TYPE_CHECKING:
+    from module_utils.fleet_lock import FleetLock
+    from module_utils.index_steps import indexes
+    from module_utils.release_service import Cli, UnixConnection, why_not_ready
+    from module_utils.release_state import Releases, StateError
+else:
+    from ansible.module_utils.fleet_lock import FleetLock
+    from ansible.module_utils.index_steps import indexes
+    from ansible.module_utils.release_service import Cli, UnixConnection, why_not_ready
+    from ansible.module_utils.release_state import Releases, StateError
+
+TIMEOUT_SECONDS = 5
+
+
+def status(root: Path, run_dir: Path, deploys: int) -> dict[str, Any]:
+    """What the module returns. Raises nothing for a host that is in a bad way: its problems are the answer."""
+    releases = Releases(root)
+    found: dict[str, Any] = {
+        "release": None,
+        "previous": None,
+        "state": "nothing deployed",
+        "indexes": [],
+        "lock": None,
+    }
+    found |= {"deploys": [], "problems": []}
+    with _noting(found["problems"]):
+        holder = FleetLock(root).holder()
+        found["lock"] = holder.words() if holder else None
+    with _noting(found["problems"]):
+        audits = [event for event in releases.history.read() if event.get("event") == "audit"]
+        found["deploys"] = audits[-deploys:] if deploys else []
+        found["release"] = releases.current()
+        found["previous"] = releases.previous()
+    if found["release"] is None:
+        return found
+    socket = run_dir / found["release"] / "gunicorn.sock"
+    unready = why_not_ready(socket)
+    found["state"] = "ready" if unready is None else "not ready" if unready.startswith("not ready") else "not running"
+    if unready is not None:
+        found["problems"].append(unready)
+    says: dict[str, Any] = {}
+    if found["state"] != "not running":
+        with _noting(found["problems"]):
+            says = version(socket)
+    with _noting(found["problems"]):
+        releases.require(found["release"])
+        cli = Cli(releases.path(found["release"]))
+        serves = says.get("snapshots") or {}
+        found["indexes"] = [
+            {"serves": serves.get(index["collection"])}
+            | {name: index[name] for name in ("collection", "current", "previous", "held")}
+            for index in indexes(cli, fingerprint=says.get("fingerprint"))
+        ]
+    return found
+
+
+def version(socket: Path) -> dict[str, Any]:
+    """What GET /version of a release says. Raises StateError."""
+    connection = UnixConnection(socket, TIMEOUT_SECONDS)
+    try:
+        key = socket.with_name("gate.key").read_text().strip()
+        connection.request("GET", "/version", headers={"Authorization": f"Bearer {key}"})
+        response = connection.getresponse()
+        body = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise StateError(f"GET /version on {socket} failed: {error}") from error
+    finally:
+        connection.close()
+    if response.status != http.client.OK or not isinstance(body, dict):
+        raise StateError(f"GET /version on {socket} answered {response.status}")
+    return body
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (StateError, OSError) as error:
+        problems.append(str(error))
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "root": {"type": "path", "default": "/opt/ragrack"},
+            "run_dir": {"type": "path", "default": "/run/ragrack"},
+            "deploys": {"type": "int", "default": 5},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    if params["deploys"] < 0:
+        module.fail_json(msg=f"deploys: {params['deploys']} is below 0")
+    module.exit_json(changed=False, **status(Path(params["root"]), Path(params["run_dir"]), params["deploys"]))
+
+
+if __name__ == "__main__":
+    main()
