@@ -145,11 +145,11 @@ def ingested(host: Host, collection: str, wait: float, since: str | None) -> Out
     lines = [line for line in map(_object, said) if line is not None]
     if state.active in RUNNING:
         return Outcome(facts={"finished": False, "since": since, "progress": _progress(lines)})
-    if failed is not None or state.active == "failed":
-        raise StateError(f"{collection} was not ingested; the index is what it was", said[-TAIL:])
+    # Its own last word decides: it may have ended while `start` gave up waiting.
     result = next((line for line in reversed(lines) if "snapshot" in line), None)
-    if result is None:
-        raise StateError(f"{unit} ended without a result; the index may or may not have changed", said[-TAIL:])
+    if result is None or state.active == "failed":
+        why = f" ({failed})" if failed else ""
+        raise StateError(f"{collection} was not ingested{why}; what served goes on serving", said[-TAIL:])
     changed = result["built"] or (result["live"] and result["snapshot"] != result["from"])
     return Outcome(changed, {"finished": True, "result": result, "words": _words(result)})
 

@@ -68,10 +68,10 @@ def before() -> dict[str, str]:
 def test_ingesting_tells_what_came_of_it(documents: dict[str, Any]) -> None:
     played = fleet.play("ingest", variables=documents | {"index_progress_every": 1})
     assert played.status == 0, played.output
-    assert "golden" not in played.output.lower() or "FAILED" not in played.output
-    assert "hit rate 1.000" in played.output
     for host in HOSTS:
+        assert f"postgres: snapshot {current(host)}, 142 documents, " in played.output
         assert knows(host)
+    assert ", hit rate 0." in played.output
     played = fleet.play("ingest", variables=documents)
     assert played.status == 0, played.output
     assert played.changed == 0, "the same documents again change nothing"
