@@ -29,8 +29,11 @@ import numpy as np
 import yaml
 from llama_index.core.schema import NodeRelationship, ObjectType, RelatedNodeInfo, TextNode
 from ragrack.embedding import MiniLMEmbedding
-from ragrack.readers import find_documents, read_document
+from ragrack.extract import Limits
+from ragrack.files import find_documents
+from ragrack.readers import DocumentReader
 from ragrack.sentences import split_sentences
+from ragrack.settings import Settings
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -153,8 +156,9 @@ def _sentences(pages: Path) -> tuple[list[str], list[int], list[str]]:
     """Of all pages, with where each page begins and the end; and those held out."""
     texts: list[str] = []
     starts, held_out = [0], []
-    for path in find_documents(pages):
-        text = read_document(pages, path).text
+    with DocumentReader(Limits.of(Settings(collections=("pages",)))) as reader:
+        read = [reader.read(name, (pages / name).read_bytes()).text for name in find_documents(pages).documents]
+    for text in read:
         page = [
             part for part in dict.fromkeys(map(str.strip, split_sentences(text))) if len(part) in SENTENCE_CHARACTERS
         ]

@@ -10,7 +10,9 @@ import onnxruntime
 import pytest
 from ragrack.build_minilm import EPSILON, HEADS, LAYERS, WeightsError, build, write_fp32
 from ragrack.embedding import MiniLMEmbedding
-from ragrack.readers import find_documents, read_document
+from ragrack.extract import Limits
+from ragrack.files import find_documents
+from ragrack.readers import DocumentReader
 from ragrack.sentences import split_sentences
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
@@ -37,7 +39,8 @@ def original(weights: Path) -> onnxruntime.InferenceSession:
 @pytest.fixture(scope="module")
 def sentences() -> list[str]:
     root = DATA / "manual"
-    texts = [read_document(root, path).text for path in find_documents(root)]
+    with DocumentReader(Limits(1, 100_000, 60, 1024)) as reader:
+        texts = [reader.read(name, (root / name).read_bytes()).text for name in find_documents(root).documents]
     found = [sentence.strip() for text in texts for sentence in split_sentences(text)]
     return [sentence for sentence in found if len(sentence) > 10] + texts
 

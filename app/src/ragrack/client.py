@@ -40,12 +40,17 @@ def as_text(answer: dict[str, Any]) -> str:
     """The answer for a reader: what it says, then where it is from."""
     lines = [str(answer["response"]).strip(), ""]
     lines += [
-        f"  [{number}] {source['document']}  {source.get('title') or ''}  (score {source['score']:.2f})"
+        f"  [{number}] {source['document']}{_place(source)}  {source.get('title') or ''}  (score {source['score']:.2f})"
         for number, source in enumerate(answer["sources"], 1)
     ]
     if answer.get("degraded"):
         lines.append("  (the language model did not answer; these are the passages that do)")
     return "\n".join(lines)
+
+
+def _place(source: dict[str, Any]) -> str:
+    """In the document, where it has pages or the like."""
+    return "".join(f", {unit} {source[unit]}" for unit in ("page", "slide", "sheet") if source.get(unit) is not None)
 
 
 def as_json(answer: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The documents of a collection as files: read, written and removed by path, never outside of the collection's folder.
 
-A document is what `ragrack.readers` would find: no hidden name, an ending that has a reader. Writing puts the file in
-place whole or not at all; the next ingest finds it.
+A document is what `ragrack.files` would find: no hidden name, an ending that has a reader, content that fits it.
+Writing puts the file in place whole or not at all; the next ingest finds it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ragrack.readers import READERS
+from ragrack.extract import HEAD_BYTES, KINDS
 
 MAX_PARTS = 16
 MAX_NAME_BYTES = 200
-HEAD_BYTES = 8192
 # Of a file that is being written: hidden, so that no ingest takes it for a document.
 ASIDE = ".upload-"
 
@@ -36,8 +35,8 @@ class TooLargeError(Exception):
     """More bytes came than are allowed."""
 
 
-class BinaryError(Exception):
-    """What came is no text, by the readers' own rule: a NUL near its beginning."""
+class MisfitError(Exception):
+    """What came is not of the kind that its path's ending says; the message says so, as the readers do."""
 
 
 class InTheWayError(Exception):
@@ -67,8 +66,8 @@ def check_path(path: str) -> str:
             raise DocumentPathError("is not in Unicode's normal form C")
         if len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
             raise DocumentPathError(f"has a part of more than {MAX_NAME_BYTES} bytes")
-    if Path(path).suffix.lower() not in READERS:
-        raise DocumentPathError(f"must end in one of {', '.join(READERS)}")
+    if Path(path).suffix.lower() not in KINDS:
+        raise DocumentPathError(f"must end in one of {', '.join(KINDS)}")
     return path
 
 
@@ -88,23 +87,25 @@ class Documents:
                 return file.read()
 
     async def write(self, path: str, chunks: AsyncIterator[bytes], max_bytes: int) -> Stored:
-        """Raises DocumentPathError, TooLargeError, BinaryError, InTheWayError; then nothing has changed."""
+        """Raises DocumentPathError, TooLargeError, MisfitError, InTheWayError; then nothing has changed."""
         *folders, name = check_path(path).split("/")
         aside = f"{ASIDE}{secrets.token_hex(8)}"
         self._root.mkdir(parents=True, exist_ok=True)
         with self._folder(folders, make=True) as folder:
-            digest, size = hashlib.sha256(), 0
+            digest, size, head = hashlib.sha256(), 0, b""
+            kind = KINDS[Path(name).suffix.lower()]
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             try:
                 with os.fdopen(os.open(aside, flags, 0o640, dir_fd=folder), "wb") as file:
                     async for chunk in chunks:
-                        if b"\0" in chunk[: max(0, HEAD_BYTES - size)]:
-                            raise BinaryError
                         size += len(chunk)
+                        head += chunk[: HEAD_BYTES - len(head)]
                         if size > max_bytes:
                             raise TooLargeError
                         digest.update(chunk)
                         file.write(chunk)
+                    if not kind.fits(head):
+                        raise MisfitError(kind.misfit(head))
                     file.flush()
                     await asyncio.to_thread(os.fsync, file.fileno())
                 created = not _exists(name, folder)

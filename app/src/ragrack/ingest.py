@@ -21,12 +21,15 @@ from llama_index.core.schema import BaseNode, Document
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from ragrack import integrity, tenants
+from ragrack.extract import KINDS, Limits
+from ragrack.files import DocumentError, Found, find_documents, read_file
 from ragrack.fingerprint import Fingerprint, ModelError
 from ragrack.golden import GoldenError, GoldenReport, GoldenSet, evaluate
 from ragrack.lock import BusyError, building
+from ragrack.pages import PageByPage
 from ragrack.parts import Embedding, node_parser, open_embedding
 from ragrack.progress import Progress
-from ragrack.readers import DocumentError, find_documents, read_document
+from ragrack.readers import DocumentReader, ReaderError
 from ragrack.remote import EmbeddingUnavailableError
 from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, timestamp
 from ragrack.staging import Staging
@@ -57,10 +60,11 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
         fingerprint = Fingerprint.of(settings)
     except (GoldenError, ModelError) as error:
         raise IngestError(str(error)) from error
-    paths = list(find_documents(documents))
-    if not paths:
+    found = find_documents(documents)
+    if not found.documents:
         raise IngestError(
-            f"{documents} holds no documents: put .html, .md or .txt files there (an index is never emptied by itself)"
+            f"{documents} holds no documents: put files there that end in {', '.join(KINDS)} "
+            f"(an index is never emptied by itself){''.join(f'; {problem}' for problem in found.problems.values())}"
         )
     directory = SnapshotDir(settings.index_dir, collection, fingerprint.digest)
     staged = directory.root / "staging.sqlite"
@@ -72,14 +76,15 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
             stack.callback(embedding.close)
             staging = Staging(staged)
             stack.callback(staging.close)
+            reader = stack.enter_context(DocumentReader(Limits.of(settings)))
             # What dead runs left, before the disk is needed.
             directory.prune(settings.keep_snapshots)
-            _stage(staging, embedding, settings, documents, paths, progress)
+            _stage(staging, embedding, reader, settings, documents, found, progress)
             before = directory.current_id()
             snapshot = _publish(staging, embedding, directory, fingerprint, golden, progress)
             live = directory.offer(snapshot.id, "ingest")
             directory.prune(settings.keep_snapshots)
-    except (BusyError, ModelError, SnapshotError, EmbeddingUnavailableError) as error:
+    except (BusyError, ModelError, SnapshotError, EmbeddingUnavailableError, ReaderError) as error:
         raise IngestError(str(error)) from error
     except sqlite3.OperationalError as error:
         raise IngestError(f"cannot write below {directory.root}: {error}") from error
@@ -100,19 +105,22 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
 def _stage(
     staging: Staging,
     embedding: Embedding,
+    reader: DocumentReader,
     settings: Settings,
     root: Path,
-    paths: list[Path],
+    found: Found,
     progress: Progress,
 ) -> None:
     """Brings the staging area in step with the documents."""
     known = staging.files()
     with staging.transaction():
-        for gone in known.keys() - {path.relative_to(root).as_posix() for path in paths}:
+        for gone in known.keys() - set(found.documents):
             staging.forget(gone)
+        for name, problem in found.problems.items():
+            staging.note_file(name, "", problem)
     pipeline = IngestionPipeline(
         transformations=[
-            node_parser(settings, embedding.tokens, _node_id),
+            PageByPage(parser=node_parser(settings, embedding.tokens, _node_id)),
             embedding,
         ],
         vector_store=staging.vector_store,
@@ -120,7 +128,7 @@ def _stage(
         docstore_strategy=DocstoreStrategy.UPSERTS,
         disable_cache=True,
     )
-    total = len(paths)
+    total = len(found.documents)
 
     def embed(batch: list[tuple[Document, str]]) -> None:
         try:
@@ -141,33 +149,37 @@ def _stage(
             staging.remove_nodes(name)
             staging.note_file(name, sha256, problem)
 
+    limits = Limits.of(settings)
     progress("embed", 0, total)
     batch: list[tuple[Document, str]] = []
-    for number, path in enumerate(paths, start=1):
-        name = path.relative_to(root).as_posix()
+    for number, name in enumerate(found.documents, start=1):
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            skip(name, "", f"{name}: cannot be read ({error.strerror})")
-            continue
-        sha256 = hashlib.sha256(data).hexdigest()
-        if known.get(name) == sha256:
-            continue
-        try:
-            document = read_document(root, path, data)
+            data = read_file(root, name, settings.document_max_bytes)
+            sha256 = hashlib.sha256(data).hexdigest()
+            # What was refused is tried again when the limits are others.
+            refused = f"{sha256} within {limits}"
+            if known.get(name) in (sha256, refused):
+                continue
+            document = reader.read(name, data)
             if settings.tenants == "by_folder":
                 tenants.mark(document)
-        except (DocumentError, tenants.NoFolderError) as error:
+        except DocumentError as error:
+            skip(name, "" if error.again else refused, str(error))
+        except tenants.NoFolderError as error:
             skip(name, sha256, str(error))
         else:
             batch.append((document, sha256))
         if sum(len(document.text) for document, _ in batch) >= BATCH_CHARACTERS:
             embed(batch)
             batch = []
-            progress("embed", number, total)
+        # What is told as done would not be lost.
+        progress("embed", number - len(batch), total)
     if batch:
         embed(batch)
     progress("embed", total, total)
+    if found.others:
+        kinds = ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in found.others.most_common(10))
+        progress("embed", total, total, f"not read, as they are no documents by their endings: {kinds}")
     for problem in staging.problems():
         progress("embed", total, total, f"skipped {problem}")
 

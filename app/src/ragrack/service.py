@@ -39,6 +39,7 @@ from ragrack.handle import IndexHandle, IndexUnavailableError
 from ragrack.health import Check
 from ragrack.instrument import instrumented
 from ragrack.llama import GlobalFallbackError, globals_sealed
+from ragrack.pages import UNITS
 from ragrack.parts import Embedding, open_embedding, tokenizer
 from ragrack.sentences import split_sentences
 from ragrack.settings import Settings
@@ -108,6 +109,9 @@ class Source:
     text: str
     node_id: str
     metadata: dict[str, Any]
+    page: int | None = None
+    slide: int | None = None
+    sheet: str | None = None
 
 
 @dataclass
@@ -459,6 +463,7 @@ def _source(scored: NodeWithScore) -> Source:
         text=scored.text,
         node_id=node.node_id,
         metadata=node.metadata,
+        **{unit: node.metadata.get(unit) for unit in UNITS},
     )
 
 

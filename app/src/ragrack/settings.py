@@ -152,11 +152,39 @@ class Settings(BaseSettings):
     )
 
     document_max_bytes: int = Field(
-        10 * 1024 * 1024,
+        50 * 1024 * 1024,
         ge=1,
         le=1024**3,
-        description="Largest document that the API takes, in bytes.",
-        examples=["10485760"],
+        description="Largest document that the API and an ingest take, in bytes.",
+        examples=["52428800"],
+    )
+    document_max_pages: int = Field(
+        5000,
+        ge=1,
+        le=100_000,
+        description="Pages, slides or sheets of the longest document that is read.",
+        examples=["5000"],
+    )
+    document_max_characters: int = Field(
+        50_000_000,
+        ge=1,
+        le=500_000_000,
+        description="Characters of text in the longest document that is read.",
+        examples=["50000000"],
+    )
+    document_read_seconds: int = Field(
+        120,
+        ge=1,
+        le=3600,
+        description="Seconds of a processor that a document may take to be read.",
+        examples=["120"],
+    )
+    document_read_mib: int = Field(
+        1024,
+        ge=256,
+        le=65_536,
+        description="Memory that the process that reads documents may have, in MiB.",
+        examples=["1024"],
     )
     ingest_threads: int | None = Field(
         None,

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ragrack.auth import ApiKey, add_key, hash_key
-from ragrack.documents import BinaryError, DocumentPathError, Documents, InTheWayError, TooLargeError, check_path
+from ragrack.documents import DocumentPathError, Documents, InTheWayError, MisfitError, TooLargeError, check_path
 from ragrack.ingest import ingest
 from ragrack.settings import Settings
 
+from .. import samples
 from .conftest import KEY, Running
 
 WRITER = "rr_the-key-of-who-writes"
@@ -47,6 +48,20 @@ async def test_a_document_is_written_read_replaced_and_removed(writer: httpx.Asy
         assert gone.headers["content-type"] == "application/problem+json"
 
 
+async def test_a_source_of_a_document_with_pages_names_the_page(writer: httpx.AsyncClient, settings: Settings) -> None:
+    pages = ["The mill of Varholm grinds barley.", "The forge of Varholm opens on Mondays only."]
+    assert (await writer.put("/documents/island/works.pdf", content=samples.pdf(pages))).status_code == 201
+    ingest(settings, "island", lambda *_args, **_more: None)
+    for _ in range(100):
+        body = {"query": "On which day does the forge open?"}
+        source = (await writer.post("/query", json=body)).json()["sources"][0]
+        if source["document"] == "works.pdf":
+            break
+        await asyncio.sleep(0.1)
+    assert (source["page"], source["slide"], source["sheet"]) == (2, None, None)
+    assert source["text"] == pages[1]
+
+
 async def test_what_is_written_is_what_the_next_ingest_finds(writer: httpx.AsyncClient, settings: Settings) -> None:
     text = b"# The mill\n\nThe mill of Varholm grinds barley on Thursdays only."
     await writer.put("/documents/island/mill.md", content=text)
@@ -73,6 +88,8 @@ async def test_what_is_written_is_what_the_next_ingest_finds(writer: httpx.Async
         ("island/a%5cb.md", b"x", 422),
         ("nowhere/a.md", b"x", 422),
         ("island/a.md", b"a\0b", 415),
+        ("island/a.pdf", b"<p>no PDF</p>", 415),
+        ("island/a.docx", b"%PDF-1.7", 415),
         ("island/a.md", b"x" * 100_001, 413),
         ("island/lighthouse.md/a.md", b"x", 409),
     ],
@@ -156,7 +173,7 @@ async def test_a_write_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
 
     documents = Documents(tmp_path)
     await documents.write("a.md", once(b"whole"), 100)
-    for chunks, kind in ((breaks(), ConnectionError), (once(b"x" * 101), TooLargeError), (once(b"\0"), BinaryError)):
+    for chunks, kind in ((breaks(), ConnectionError), (once(b"x" * 101), TooLargeError), (once(b"\0"), MisfitError)):
         with pytest.raises(kind):
             await documents.write("a.md", chunks, 100)
     assert documents.read("a.md") == b"whole"

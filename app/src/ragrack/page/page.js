@@ -2,10 +2,12 @@
 const by = (id) => document.getElementById(id);
 by("key").value = sessionStorage.getItem("key") ?? "";
 
-function source({ document: name, title, score, text }) {
+function source({ document: name, title, score, text, ...rest }) {
   const item = document.createElement("li");
   const details = item.appendChild(document.createElement("details"));
-  details.appendChild(document.createElement("summary")).textContent = `${title ?? name} (${name}, ${score.toFixed(2)})`;
+  const place = ["page", "slide", "sheet"].filter((unit) => rest[unit] != null).map((unit) => `, ${unit} ${rest[unit]}`);
+  details.appendChild(document.createElement("summary")).textContent =
+    `${title ?? name} (${name}${place.join("")}, ${score.toFixed(2)})`;
   details.appendChild(document.createElement("p")).textContent = text;
   return item;
 }

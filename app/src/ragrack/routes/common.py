@@ -58,6 +58,9 @@ class SourceModel(BaseModel):
     )
     position: Position
     text: str
+    page: int | None = Field(None, description="Of a PDF, from 1.")
+    slide: int | None = Field(None, description="Of a presentation, from 1.")
+    sheet: str | None = Field(None, description="Of a spreadsheet, by its name.")
 
     @classmethod
     def of(cls, source: Source) -> SourceModel:
@@ -67,6 +70,9 @@ class SourceModel(BaseModel):
             score=source.score,
             position=Position(start=source.start, end=source.end),
             text=source.text,
+            page=source.page,
+            slide=source.slide,
+            sheet=source.sheet,
         )
 
 

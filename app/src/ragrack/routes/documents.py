@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from ragrack import problems
 from ragrack.access import REFUSALS, Ingester, Reader
 from ragrack.auth import Identity
-from ragrack.documents import BinaryError, DocumentPathError, Documents, InTheWayError, TooLargeError, check_path
+from ragrack.documents import DocumentPathError, Documents, InTheWayError, MisfitError, TooLargeError, check_path
 from ragrack.problems import TOO_LARGE, ProblemError
 from ragrack.routes.common import Configured, collection_of, invalid
 from ragrack.settings import Settings
@@ -94,9 +94,8 @@ async def write(
         stored = await documents.write(path, request.stream(), settings.document_max_bytes)
     except TooLargeError as error:
         raise TOO_LARGE from error
-    except BinaryError as error:
-        detail = "The body is binary, whatever the path's ending says."
-        raise ProblemError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail) from error
+    except MisfitError as error:
+        raise ProblemError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"The body {error}.") from error
     except InTheWayError as error:
         raise _in_the_way() from error
     except PermissionError as error:
