@@ -26,9 +26,12 @@ options:
     description:
       - V(pending) restarts PostgreSQL where Patroni says that a new value waits for it. Replicas come first, one at a
         time, the primary last; each must be back before the next goes.
-      - V(service) restarts the unit C(patroni) of this host, and returns when the cluster is whole again.
+      - V(service) restarts the unit C(patroni) of this host as soon as all others are up, and returns when it is, too.
     type: str
     choices: [pending, service]
+  name:
+    description: Name of the member that this host is. Needed for O(restart=service).
+    type: str
   tls_dir:
     description: Directory of C(ca.pem) and this host's C(fullchain.pem) and C(key.pem).
     type: path
@@ -151,10 +154,12 @@ def main() -> None:
             "expect": {"type": "list", "elements": "str", "required": True},
             "config": {"type": "dict"},
             "restart": {"type": "str", "choices": ["pending", "service"]},
+            "name": {"type": "str"},
             "tls_dir": {"type": "path", "required": True},
             "timeout": {"type": "int", "default": 180},
         },
         supports_check_mode=True,
+        required_if=[("restart", "service", ["name"])],
     )
     try:
         module.exit_json(**Run(module).result())
@@ -202,6 +207,7 @@ class Run:
 
     def _restart_service(self) -> dict[str, Any]:
         if not self._module.check_mode:
+            self._whole(without=self._asked["name"])
             self._module.run_command(["systemctl", "restart", "patroni"], check_rc=True)
             self._whole()
         return {"changed": True, "pending": []}
@@ -223,15 +229,16 @@ class Run:
             restarted += waiting
         raise NotWholeError(f"{', '.join(waiting)} wait for a restart again and again")
 
-    def _whole(self) -> list[dict[str, Any]]:
+    def _whole(self, without: str | None = None) -> list[dict[str, Any]]:
         """The state of the cluster, once it is whole. Raises UnreachableError or NotWholeError, with who is missing."""
         if self._module.check_mode:
             return self._cluster.state()
+        expect = [name for name in self._asked["expect"] if name != without]
         deadline = time.monotonic() + self._asked["timeout"]
         while True:
             try:
                 state = self._cluster.state()
-                problems = trouble(state, self._asked["expect"])
+                problems = trouble(state, expect)
                 if not problems:
                     return state
             except UnreachableError as error:
