@@ -236,9 +236,8 @@ class SnapshotDir:
     def publish(self, new: Path, manifest: Manifest) -> Snapshot:
         """Makes what was written in `new` a snapshot: fsync, manifest, rename. It isn't live before `flip`.
 
-        A file that is byte for byte the parent's becomes another name of that file. More cannot be shared: one changed
-        document shifts the rows of the text and the links of the graph behind it, and a file system that can share
-        blocks shares only those that are equal and lie alike.
+        A file that is byte for byte the parent's becomes another name of that file. What has changed in part is the
+        writer's to share: it starts from a copy of the parent's, which costs no blocks where the file system can.
         """
         self._share_with_parent(new, manifest)
         for name in manifest.files:
