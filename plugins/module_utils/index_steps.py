@@ -154,6 +154,22 @@ def ingested(host: Host, collection: str, wait: float, since: str | None) -> Out
     return Outcome(changed, {"finished": True, "result": result, "words": _words(result)})
 
 
+def pulled(host: Host, collections: Sequence[str], wait: float) -> Outcome:
+    """Fetch what is live where snapshots are built, now; without this, the host does so by itself a little later."""
+    if host.check:
+        return Outcome(facts={"moves": []})
+    cli = live_cli(host)
+    before = {index["collection"]: index for index in indexes(cli, collections)}
+    for collection in before:
+        unit = f"ragrack-index-pull@{collection}.service"
+        failed = host.systemd.start(unit, wait)
+        if failed is not None:
+            log = host.systemd.journal(unit)
+            raise StateError(f"{collection} was not fetched: {failed}; what served goes on serving", log[-TAIL:])
+    after = {index["collection"]: index["current"] for index in indexes(cli, collections)}
+    return _moved(host, cli, before, {name: now for name, now in after.items() if now != before[name]["current"]})
+
+
 def named(collections: Sequence[str]) -> list[str]:
     return [word for name in collections for word in ("--collection", name)]
 

@@ -18,9 +18,10 @@ options:
       - V(resumed) lets go of what is held and moves on.
       - V(pruned) removes snapshots that no rollback needs, and indexes that no release on the host opens.
       - V(ingested) runs C(ragrack-ingest@COLLECTION.service) or goes on waiting for it, for O(wait) seconds at most.
+      - V(pulled) runs C(ragrack-index-pull@COLLECTION.service), within O(wait) seconds.
     type: str
     required: true
-    choices: [query, rolled_back, resumed, pruned, ingested]
+    choices: [query, rolled_back, resumed, pruned, ingested, pulled]
   collections:
     description: The collections; by default all of the live release. V(ingested) takes exactly one.
     type: list
@@ -40,7 +41,7 @@ options:
     type: str
     default: rollback
   wait:
-    description: With O(state=ingested), seconds after which it returns though the ingestion goes on.
+    description: Seconds after which V(ingested) returns though the ingestion goes on, and V(pulled) fails.
     type: float
     default: 60
   since:
@@ -56,7 +57,7 @@ options:
 attributes:
   check_mode:
     support: partial
-    details: V(ingested) reads no document in check mode, so it cannot tell whether it would change anything.
+    details: V(ingested) and V(pulled) look at no document and no other host, so they cannot tell what would change.
   diff_mode:
     support: full
 author: ragrack maintainers (@ragrack)
@@ -96,7 +97,7 @@ moves:
   description: C(collection), C(from), C(to) and C(held) of each collection.
   type: list
   elements: dict
-  returned: with O(state=rolled_back) and O(state=resumed)
+  returned: with O(state=rolled_back), O(state=resumed) and O(state=pulled)
 removed:
   description: C(snapshots) and C(indexes) that were removed, and in C(notes) why indexes stay that might not be needed.
   type: dict
@@ -144,8 +145,9 @@ else:
     from ansible.module_utils.release_state import Releases, StateError
     from ansible.module_utils.release_steps import Host, Outcome
 
+STATES = ("query", "rolled_back", "resumed", "pruned", "ingested", "pulled")
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "state": {"type": "str", "required": True, "choices": ["query", "rolled_back", "resumed", "pruned", "ingested"]},
+    "state": {"type": "str", "required": True, "choices": [*STATES]},
     "collections": {"type": "list", "elements": "str", "default": []},
     "target": {"type": "str"},
     "targets": {"type": "dict", "default": {}},
@@ -167,6 +169,8 @@ def step(host: Host, params: dict[str, Any]) -> Outcome:
             return index_steps.resumed(host, params["collections"], params["targets"])
         case "pruned":
             return index_steps.pruned(host)
+        case "pulled":
+            return index_steps.pulled(host, params["collections"], params["wait"])
     if len(params["collections"]) != 1:
         raise StateError(f"collections: {params['collections']} is not one collection; ingest one at a time")
     return index_steps.ingested(host, params["collections"][0], params["wait"], params["since"])

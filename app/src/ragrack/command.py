@@ -75,13 +75,14 @@ def act_as_owner(directory: Path) -> None:
     """Root goes on as whoever owns the directory, so that what is written there stays the service's to change."""
     if os.geteuid() != 0 or not directory.exists():
         return
-    status = directory.stat()
-    if status.st_uid == 0:
+    uid = directory.stat().st_uid
+    if uid == 0:
         return
     try:
-        groups = os.getgrouplist(pwd.getpwuid(status.st_uid).pw_name, status.st_gid)
+        user = pwd.getpwuid(uid)
+        gid, groups = user.pw_gid, os.getgrouplist(user.pw_name, user.pw_gid)
     except KeyError:
-        groups = [status.st_gid]
+        gid, groups = directory.stat().st_gid, []
     os.setgroups(groups)
-    os.setgid(status.st_gid)
-    os.setuid(status.st_uid)
+    os.setgid(gid)
+    os.setuid(uid)
