@@ -102,9 +102,9 @@ class Corpus:
             size = min(BLOCK, count - start)
             yield made[:size], parts[:size].tolist()
 
-    def nodes(self, count: int) -> Iterator[TextNode]:
+    def nodes(self, count: int, seed: int = 7) -> Iterator[TextNode]:
         """With their embeddings, in the order of an ingest: by document."""
-        for block, (vectors, parts) in enumerate(self.blocks(count)):
+        for block, (vectors, parts) in enumerate(self.blocks(count, seed)):
             for offset, (vector, sentences) in enumerate(zip(vectors, parts, strict=True)):
                 number = block * BLOCK + offset
                 text = " ".join(self.sentences[sentence] for sentence in sentences)
@@ -117,16 +117,17 @@ def tenant_of(number: int, count: int) -> str:
     return BIG if share < 100 - SMALL_TENANTS else f"t{share - (100 - SMALL_TENANTS):02}"
 
 
-def similarities(vectors: Floats, rank: int, sample: int = 1000) -> list[float]:
-    """The quartiles of the similarity of a vector to the one of that rank among its neighbours."""
-    some = vectors[:: max(1, len(vectors) // sample)]
-    ordered = np.sort(some @ vectors.T, axis=1)
-    return [round(float(value), 2) for value in np.percentile(ordered[:, -1 - rank], [25, 50, 75])]
+def node_id(number: int, count: int) -> str:
+    return f"{_document(number, count)}#{number % NODES_OF_A_DOCUMENT}"
+
+
+def _document(number: int, count: int) -> str:
+    return f"{tenant_of(number, count)}/{number // NODES_OF_A_DOCUMENT:07}.html"
 
 
 def _node(number: int, count: int, text: str, vector: list[float]) -> TextNode:
     tenant, place = tenant_of(number, count), number % NODES_OF_A_DOCUMENT
-    document = f"{tenant}/{number // NODES_OF_A_DOCUMENT:07}.html"
+    document = _document(number, count)
     metadata = {"document": document, "title": text[:40], "tenant": tenant}
     related = {NodeRelationship.SOURCE: _related(document, ObjectType.DOCUMENT, metadata)}
     if place > 0:
@@ -134,7 +135,7 @@ def _node(number: int, count: int, text: str, vector: list[float]) -> TextNode:
     if place < NODES_OF_A_DOCUMENT - 1:
         related[NodeRelationship.NEXT] = _related(f"{document}#{place + 1}", ObjectType.TEXT, {})
     return TextNode(
-        id_=f"{document}#{place}",
+        id_=node_id(number, count),
         text=text,
         metadata=metadata,
         embedding=vector,
