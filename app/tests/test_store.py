@@ -411,6 +411,33 @@ def test_a_word_in_more_than_an_eighth_of_the_nodes_is_not_looked_for(texts: Sna
     assert list(ask(texts, "the dead table", "text_search")) == ["n0"]
 
 
+@pytest.fixture
+def tenants(tmp_path: Path) -> Iterator[SnapshotVectorStore]:
+    """A small one among others, all of whose nodes are about pumps; its own seldom are, and one is about rotors."""
+    few = ["a pump", "a valve", *("a pipe" for _ in range(18)), "the rotor of a pump", "the rotor"]
+    nodes = [
+        TextNode(id_=f"{tenant}{i}", text=text, metadata={"tenant": tenant}, embedding=unit(i))
+        for tenant, texts in (("a", ["a pump and its rotor"] * 200), ("m", few), ("z", ["a pump"] * 200))
+        for i, text in enumerate(texts)
+    ]
+    opened = SnapshotVectorStore.open(write(tmp_path / "tenants", nodes))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("mode", ["text_search", "hybrid"])
+def test_what_others_often_say_is_looked_for_where_it_is_rare(tenants: SnapshotVectorStore, mode: str) -> None:
+    own = filters(("tenant", "==", "m"))
+    assert set(list(ask(tenants, "which pump", mode, filters=own))[:2]) == {"m0", "m20"}
+    assert set(list(ask(tenants, "which rotor", mode, filters=own))[:2]) == {"m20", "m21"}
+    assert ask(tenants, "which pump", "text_search") == {}, "of all nodes too many say it"
+
+
+def test_what_is_rare_over_all_is_looked_for_in_however_few_nodes(texts: SnapshotVectorStore) -> None:
+    assert set(ask(texts, "planner", "text_search", node_ids=["n1", "n3"])) == {"n1", "n3"}
+    assert ask(texts, "table", "text_search", node_ids=["n1", "n3"]) == {}
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "\0", '"', "dead OR", "NEAR(a b)", "text:dead", "-dead *", "dead'; DROP TABLE node --", "💡", "x " * 9999],

@@ -18,6 +18,8 @@ FREQUENT_SHARE = 8
 """A word in more than one of so many nodes is not looked for: it says little about any, and fusion counts ranks."""
 MATCHES = 2_000
 """Nodes that the words looked for may match, each counted alone: what a question costs at most, a microsecond each."""
+MATCHES_SHARE = 100
+"""Or one of so many nodes, where that is more: the more nodes there are, the more hold a word, however rare it is."""
 
 
 def words_of(text: str) -> Sequence[str]:
@@ -25,9 +27,14 @@ def words_of(text: str) -> Sequence[str]:
     return list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))[:WORDS_READ]
 
 
+def most_matches(nodes: int) -> int:
+    """Nodes that the words looked for may match, of so many. Counting a word may stop one past it."""
+    return max(MATCHES, nodes // MATCHES_SHARE)
+
+
 def frequent(count: int, nodes: int) -> bool:
     """Whether a word that so many of the nodes hold is in too many."""
-    return count > max(nodes // FREQUENT_SHARE, 1)
+    return count > max(min(nodes // FREQUENT_SHARE, most_matches(nodes)), 1)
 
 
 def worth_asking(counts: Mapping[str, int], nodes: int, rare: Collection[str] = ()) -> Sequence[str]:
@@ -36,7 +43,7 @@ def worth_asking(counts: Mapping[str, int], nodes: int, rare: Collection[str] = 
     Where these are a part of the index, such as a tenant's, `rare` names the words that are not frequent in all of it:
     they say much about a node, in however many of a few nodes they are.
     """
-    budget, asked = MATCHES, []
+    budget, asked = most_matches(nodes), []
     for word in sorted((word for word in counts if counts[word]), key=lambda word: counts[word]):
         budget -= counts[word]
         if budget < 0 or (frequent(counts[word], nodes) and word not in rare):

@@ -65,20 +65,20 @@ class Selection:
 
     @functools.cached_property
     def spans(self) -> Sequence[range]:
-        """A few runs of rows, each from a multiple of eight, that hold all of these and, where these lie together as a
-        tenant's do, little else.
-        """
-        held = np.flatnonzero(self.mask)
-        if not len(held):
+        """A few runs of rows that hold all of these and, where these lie together as a tenant's do, little else."""
+        rows = np.flatnonzero(np.unpackbits(self.mask, bitorder="little"))
+        if not len(rows):
             return []
-        gaps = np.diff(held)
-        cuts = np.sort(np.argsort(gaps)[::-1][: SPANS - 1])
-        cuts = cuts[gaps[cuts] > 1]
-        firsts, lasts = [held[0], *held[cuts + 1]], [*held[cuts], held[-1]]
-        return [range(int(first) * 8, int(last) * 8 + 8) for first, last in zip(firsts, lasts, strict=True)]
+        gaps = np.diff(rows)
+        widest = np.argpartition(gaps, -SPANS + 1)[-SPANS + 1 :] if len(gaps) >= SPANS else np.arange(len(gaps))
+        cuts = np.sort(widest[gaps[widest] > 1])
+        firsts, lasts = [rows[0], *rows[cuts + 1]], [*rows[cuts], rows[-1]]
+        return [range(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
 
-    def within(self, span: range) -> Mask:
-        return self.mask[span.start // 8 : span.stop // 8]
+    def around(self, span: range) -> tuple[int, Mask]:
+        """A first row, a multiple of eight, and the mask from there on that has all of the span."""
+        first = span.start // 8
+        return first * 8, self.mask[first : -(-span.stop // 8)]
 
 
 class SnapshotVectorStore(SnapshotStore):
@@ -205,9 +205,11 @@ class SnapshotVectorStore(SnapshotStore):
         """
         everywhere = range(self._rows)
         spans = [everywhere] if chosen is None else chosen.spans
+        looked_at = sum(map(len, spans))
         counts = {word: sum(self._matches(word, span) for span in spans) for word in hybrid.words_of(text)}
-        rare = [word for word in counts if not hybrid.frequent(self._matches(word, everywhere), len(self))]
-        asked = hybrid.worth_asking(counts, sum(map(len, spans)), rare)
+        frequent = (word for word in counts if hybrid.frequent(counts[word], looked_at))
+        rare = [word for word in frequent if not hybrid.frequent(self._matches(word, everywhere), len(self))]
+        asked = hybrid.worth_asking(counts, looked_at, rare)
         if not asked:
             return []
         best: list[tuple[int, float]] = []
@@ -216,18 +218,14 @@ class SnapshotVectorStore(SnapshotStore):
             if chosen is None:
                 best += self._execute(_BEST, *asking, k)
             else:
-                best += self._execute(_BEST_CHOSEN, *asking, _a_byte_for_each(chosen.within(span)), span.start, k)
+                first, mask = chosen.around(span)
+                best += self._execute(_BEST_CHOSEN, *asking, _a_byte_for_each(mask), first, k)
         return sorted(best, key=_by_score)[:k]
 
     def _count_matches(self, word: str, span: range) -> int:
         """How many nodes in the span hold the word in any form; it stops counting where the word is too frequent."""
-        (count,) = self._execute(
-            _COUNTED,
-            f'"{word}"',
-            span.start,
-            span.stop,
-            hybrid.MATCHES + 1,
-        ).fetchone()
+        most = hybrid.most_matches(len(span)) + 1
+        (count,) = self._execute(_COUNTED, f'"{word}"', span.start, span.stop, most).fetchone()
         return int(count)
 
     def _search(self, vector: Any, k: int, chosen: Selection | None) -> list[tuple[int, float]]:
@@ -251,12 +249,13 @@ class SnapshotVectorStore(SnapshotStore):
         codes = faiss.rev_swig_ptr(graph.codes.data(), self._rows * graph.code_size).reshape(-1, graph.code_size)
         part = faiss.IndexScalarQuantizer(graph.d, graph.sq.qtype, graph.metric_type)
         part.sq, part.is_trained = graph.sq, True
-        here = codes[span.start : span.stop]
+        first, mask = chosen.around(span)
+        here = codes[first : span.stop]
         part.codes = faiss.MaybeOwnedVectorUInt8.create_view(faiss.swig_ptr(here), here.size, graph.codes.owner)
         part.ntotal = len(here)
-        selector = faiss.IDSelectorBitmap(chosen.within(span))
+        selector = faiss.IDSelectorBitmap(mask)
         found = _scored(*part.search(vector, min(k, len(here)), params=faiss.SearchParameters(sel=selector)))
-        return [(span.start + row, score) for row, score in found]
+        return [(first + row, score) for row, score in found]
 
     def _get_nodes(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[BaseNode]:
         chosen = self._choose(filters, node_ids, None)
