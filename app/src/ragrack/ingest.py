@@ -21,6 +21,7 @@ from llama_index.core.schema import BaseNode, Document
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from ragrack import integrity, tenants
+from ragrack.ahead import SplitAndEmbed
 from ragrack.extract import KINDS, Limits
 from ragrack.files import DocumentError, Found, find_documents, read_file
 from ragrack.fingerprint import Fingerprint, ModelError
@@ -120,8 +121,9 @@ def _stage(
             staging.note_file(name, "", problem)
     pipeline = IngestionPipeline(
         transformations=[
-            PageByPage(parser=node_parser(settings, embedding.tokens, _node_id)),
-            embedding,
+            SplitAndEmbed(
+                parser=PageByPage(parser=node_parser(settings, embedding.tokens, _node_id)), embedding=embedding
+            ),
         ],
         vector_store=staging.vector_store,
         docstore=staging.docstore,
