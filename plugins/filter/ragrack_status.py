@@ -19,7 +19,7 @@ def ragrack_status_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
         table,
         _titled("Problems", problems),
         _titled("Lock", locks or ["free"]),
-        _titled("Last", _deploys(hosts)),
+        _titled("Last runs", _deploys(hosts)),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
