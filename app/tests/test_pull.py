@@ -237,7 +237,7 @@ def test_damage_at_the_source_is_refused_and_not_fetched_every_minute(hosts: Hos
     hosts.pull()
     second = hosts.make(2, vectors=noise(2, MB))
     overwrite(second.path / "vectors", noise(3, MB))
-    with pytest.raises(DamagedError, match=f"{second.id} of ragrack-pull@ingest:: vectors is not what was written"):
+    with pytest.raises(DamagedError, match=f"{second.id} of ragrack-pull@ingest: vectors is not what was written"):
         hosts.pull()
     assert hosts.ours.current_id() == first.id
     assert hosts.aside() == []

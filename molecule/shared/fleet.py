@@ -47,6 +47,7 @@ class Host:
 
     def __init__(self, name: str, address: str) -> None:
         self.name = name
+        self.address = address
         self.url = f"https://{address}"
         self.shell = testinfra.get_host(f"ansible://{name}", ansible_inventory=str(INVENTORY))
 
@@ -79,6 +80,18 @@ class Host:
         context = ssl.create_default_context(cafile=str(CA))
         return httpx.Client(base_url=self.url, verify=context, headers=headers, timeout=60)
 
+    def readiness(self) -> dict[str, Any]:
+        """What /readyz says, whether ready or not."""
+        with self.client(key=None) as client:
+            report: dict[str, Any] = client.get("/readyz").json()
+        return report
+
+    def snapshot(self, collection: str = "postgres") -> str | None:
+        """The snapshot that answers."""
+        with self.client() as client:
+            answering: str | None = client.get("/version").json()["snapshots"][collection]
+        return answering
+
     def ask(self, question: str, **more: Any) -> dict[str, Any]:
         with self.client() as client:
             response = client.post("/query", json={"query": question, **more})
@@ -101,6 +114,18 @@ def hosts() -> list[Host]:
     found = sorted((INVENTORY / "host_vars").glob("*/connection.yml"))
     assert found, "there are no test hosts; `molecule create` makes them"
     return [Host(path.parent.name, yaml.safe_load(path.read_text())["ansible_host"]) for path in found]
+
+
+def ingesting() -> Host:
+    """The one that the others pull from."""
+    (name,) = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["children"]["ingest"]["hosts"]
+    return next(host for host in hosts() if host.name == name)
+
+
+def pulling() -> Host:
+    """One that pulls."""
+    source = ingesting().name
+    return next(host for host in hosts() if host.name != source)
 
 
 def environment() -> dict[str, str]:

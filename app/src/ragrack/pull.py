@@ -147,7 +147,7 @@ def _write_last(directory: SnapshotDir, outcome: Outcome, before: Outcome | None
 def _bring(source: _Source, directory: SnapshotDir, snapshot_id: str, keep: int, progress: Progress) -> Snapshot:
     snapshot = _here(directory, snapshot_id)
     if snapshot is None:
-        progress("fetch", 0, 0, f"snapshot {snapshot_id} is live at {source.address}")
+        progress("fetch", 0, 0, f"snapshot {snapshot_id} is live at {source.name}")
         snapshot = _fetch(source, directory, snapshot_id, progress)
     before = directory.current_id()
     # Where the source went back, what it went back from is not where a rollback goes here.
@@ -173,12 +173,12 @@ def _current(source: _Source, directory: SnapshotDir) -> str:
         target = link.readlink()
     except (_AbsentError, FileNotFoundError) as error:
         raise NotNowError(
-            f"{source.address} has no snapshot of {directory.collection} with fingerprint {directory.fingerprint} yet"
+            f"{source.name} has no snapshot of {directory.collection} with fingerprint {directory.fingerprint} yet"
         ) from error
     except OSError as error:
-        raise PullError(f"{source.address}: `current` of {directory.collection} is no link") from error
+        raise PullError(f"{source.name}: `current` of {directory.collection} is no link") from error
     if not SNAPSHOT_ID.fullmatch(target.name) or target.parent != Path("snapshots"):
-        raise PullError(f"{source.address}: `current` of {directory.collection} points at {str(target)!r}")
+        raise PullError(f"{source.name}: `current` of {directory.collection} points at {str(target)!r}")
     return target.name
 
 
@@ -222,7 +222,6 @@ def _fetch(source: _Source, directory: SnapshotDir, snapshot_id: str, progress: 
         copy(list(manifest.files), *([f"--link-dest={basis.path}"] if basis else []))
         for extra in {file.name for file in aside.iterdir()} - manifest.files.keys() - {MANIFEST}:
             (aside / extra).unlink()
-        progress("fetch", total, total)
         progress("verify", 0, total)
         wrong = integrity.damage(aside, manifest)
         if wrong and basis:
@@ -233,12 +232,12 @@ def _fetch(source: _Source, directory: SnapshotDir, snapshot_id: str, progress: 
             wrong = integrity.damage(aside, manifest)
         progress("verify", total, total)
     except _AbsentError as error:
-        raise NotNowError(f"{source.address}: snapshot {snapshot_id} went while it was fetched ({error})") from error
+        raise NotNowError(f"{source.name}: snapshot {snapshot_id} went while it was fetched ({error})") from error
     except SnapshotError as error:
         wrong = {MANIFEST: str(error)}
     if wrong:
         shutil.rmtree(aside)
-        raise DamagedError(f"snapshot {snapshot_id} of {source.address}: {'; '.join(wrong.values())}")
+        raise DamagedError(f"snapshot {snapshot_id} of {source.name}: {'; '.join(wrong.values())}")
     return _publish(directory, aside, manifest)
 
 
@@ -331,6 +330,11 @@ class _Source:
     address: str
     ssh_config: Path
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.address.rstrip(":/")
+
     def copy(self, paths: Sequence[str], to: Path, *options: str, watch: Callable[[], None] | None = None) -> None:
         """Copies plain files, or with `--links` links, into a directory; calls `watch` once a second.
 
@@ -357,7 +361,7 @@ class _Source:
         if process.returncode != 0:
             if "No such file or directory" in said:
                 raise _AbsentError(said)
-            raise NotNowError(f"{self.address} cannot be copied from (rsync {process.returncode}): {said}")
+            raise NotNowError(f"{self.name} cannot be copied from (rsync {process.returncode}): {said}")
 
 
 def _started(command: Sequence[str], complaints: IO[str]) -> subprocess.Popen[bytes]:
