@@ -139,7 +139,7 @@ def start(unit):
         return 0
     HOST.joinpath("log").mkdir(exist_ok=True)
     with HOST.joinpath("log", unit).open("a") as log:
-        if kind in ("ragrack-index", "ragrack-ingest"):
+        if kind in ("ragrack-index", "ragrack-ingest", "ragrack-index-pull"):
             ingest = [HOST / "ingest", release]
             code = (
                 spawn(unit, release, ["ingest", "missing"], log)

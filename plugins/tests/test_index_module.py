@@ -223,6 +223,31 @@ def test_an_ingestion_that_failed_shows_its_last_words(host: Place) -> None:
     assert "golden questions FAILED" in failure.value.log[-1]
 
 
+def test_a_pull_tells_what_it_moved(host: Place) -> None:
+    manual = directory(host, "manual")
+    first, second = publish(manual, 1, 2)
+    publish(directory(host, "notes"), 7)
+    manual.flip(first, "test")
+    root = manual.root
+    (host.path / "ingest").write_text(
+        f"#!/bin/sh\nln -sfn snapshots/{second} {root}/new; mv -T {root}/new {root}/current\n"
+    )
+    (host.path / "ingest").chmod(0o755)
+    assert do(host, "pulled", collections=["manual"], check=True)["changed"] is False
+    moved = do(host, "pulled", collections=["manual"])
+    assert moved["changed"] is True
+    assert [(row["from"], row["to"]) for row in moved["moves"]] == [(first, second)]
+    assert do(host, "pulled", collections=["manual"])["changed"] is False
+
+
+def test_a_pull_that_failed_shows_its_last_words(host: Place) -> None:
+    publish(directory(host, "manual"), 1)
+    ingestion(host, {"note": "no route to host"}, status=1)
+    with pytest.raises(StateError, match=r"manual was not fetched: .*what served goes on serving") as failure:
+        do(host, "pulled", collections=["manual"])
+    assert "no route to host" in failure.value.log[-1]
+
+
 @pytest.mark.parametrize(
     ("params", "complaint"),
     [
