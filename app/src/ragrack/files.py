@@ -49,7 +49,7 @@ def find_documents(root: Path) -> Found:
         for file in [*links, *(file for file in files if not file.startswith("."))]:
             path = Path(folder, file)
             if path.suffix.lower() not in KINDS and file not in links:
-                found.others[path.suffix.lower()] += 1
+                found.others[shown(path.suffix.lower())] += 1
                 continue
             name = path.relative_to(root).as_posix()
             problem = "its name is not printable UTF-8: rename it" if name != shown(name) else _no_file(path)
