@@ -94,27 +94,24 @@ def write_snapshot_files(nodes: Iterable[BaseNode], count: int, dimensions: int,
     Memory: the 8-bit index (about 0.7 kB a node), twice while it grows, and one batch. Raises ValueError for a node
     without an embedding, OSError or sqlite3.Error when the disk is full.
     """
-    vectors_path = out_dir / ".vectors.f32"
+    vectors = out_dir / ".vectors.f32"
     try:
         with contextlib.closing(_writable(out_dir / NODES)) as connection:
             connection.executescript(SCHEMA)
-            with vectors_path.open("wb") as file:
-                # A hole in a file that a full disk cannot fill would end the process without a word.
-                os.posix_fallocate(file.fileno(), 0, max(count, 1) * dimensions * 4)
-            vectors = np.memmap(vectors_path, np.float32, "r+", shape=(max(count, 1), dimensions))[:count]
             written = 0
-            for row, node in enumerate(nodes):
-                vectors[row] = _embedding(node, dimensions)
-                _insert(connection, row, StoredNode.of(node))
-                written += 1
+            with vectors.open("wb") as file:
+                for row, node in enumerate(nodes):
+                    file.write(np.array(_embedding(node, dimensions), dtype=np.float32).tobytes())
+                    _insert(connection, row, StoredNode.of(node))
+                    written += 1
             if written != count:
                 raise ValueError(f"{count} nodes were promised, {written} came")
             connection.execute("INSERT INTO node_text (node_text) VALUES ('rebuild')")
             connection.execute("INSERT INTO extent VALUES (?, NULL)", (count,))
             connection.commit()
-        return _finished(_index(vectors), count, out_dir)
+        return _finished(_index(vectors, count, dimensions), count, out_dir)
     finally:
-        vectors_path.unlink(missing_ok=True)
+        vectors.unlink(missing_ok=True)
 
 
 def update_snapshot_files(parent: Path, nodes: Nodes, out_dir: Path) -> Written | None:
@@ -189,17 +186,23 @@ def _finished(index: Any, count: int, out_dir: Path) -> Written:
     return Written("hnsw" if isinstance(index, faiss.IndexHNSW) else "flat", count, files)
 
 
-def _index(vectors: Any) -> Any:
-    count, dimensions = vectors.shape
+def _index(vectors: Path, count: int, dimensions: int) -> Any:
     if count < FLAT_BELOW:
         index = faiss.IndexScalarQuantizer(dimensions, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     else:
         index = faiss.IndexHNSWSQ(dimensions, faiss.ScalarQuantizer.QT_8bit, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = HNSW_EF_CONSTRUCTION
-        index.train(np.ascontiguousarray(vectors[:: max(1, count // TRAINING)]))
-    for start in range(0, count, BATCH):
-        index.add(np.ascontiguousarray(vectors[start : start + BATCH]))
+        step = max(1, count // TRAINING)
+        index.train(np.concatenate([batch[::step] for batch in _batches(vectors, dimensions)]))
+    for batch in _batches(vectors, dimensions):
+        index.add(batch)
     return index
+
+
+def _batches(vectors: Path, dimensions: int) -> Iterator[Any]:
+    with vectors.open("rb") as file:
+        while len(batch := np.fromfile(file, dtype=np.float32, count=BATCH * dimensions)):
+            yield batch.reshape(-1, dimensions)
 
 
 def _embedding(node: BaseNode, dimensions: int) -> list[float]:
