@@ -7,6 +7,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
 from llama_index.core.schema import BaseNode
@@ -16,6 +17,17 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQuery,
     VectorStoreQueryResult,
 )
+
+from ragrack.snapshot import FileEntry
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a snapshot; `engine` says how its vectors are found."""
+
+    engine: str
+    nodes: int
+    files: dict[str, FileEntry]
 
 
 class ReadOnlyError(TypeError):

@@ -30,7 +30,9 @@ SECRETS = {
     "embed_api_key": "credentials_embed_api_key",
     "llm_api_key": "credentials_llm_api_key",
     "llm_fallback_api_key": "credentials_llm_fallback_api_key",
+    "postgres_password": "credentials_postgres_password",
 }
+PGVECTOR_DIMENSIONS = 4000
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SPECIAL_TOKENS = 2
 MINILM_MAX_TOKENS = 256
@@ -53,6 +55,14 @@ def _pairs(value: Any) -> Any:
 
 
 CollectionName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)]
+
+PostgresHost = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(/[^,\s]+|([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?)$",
+        max_length=255,
+    ),
+]
 
 
 class Settings(BaseSettings):
@@ -199,6 +209,33 @@ class Settings(BaseSettings):
         le=1000,
         description="Snapshots of an index that stay, besides the live one and the one that a rollback goes to.",
         examples=["5"],
+    )
+
+    vector_store: Literal["embedded", "postgres"] = Field(
+        "embedded",
+        description="Where nodes and vectors are: in files of each host, or in PostgreSQL with pgvector for all hosts.",
+        examples=["postgres"],
+    )
+    postgres_hosts: Annotated[tuple[PostgresHost, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="Hosts of one PostgreSQL cluster, each with :port where that is not 5432; or a socket's directory.",
+        examples=["db1.example.org,db2.example.org"],
+    )
+    postgres_database: str = Field("ragrack", min_length=1, description="Name of the database.", examples=["ragrack"])
+    postgres_user: str = Field("ragrack", min_length=1, description="Who asks there.", examples=["ragrack"])
+    postgres_password: SecretStr | None = Field(
+        None, description="Password of that user: the systemd credential `credentials_postgres_password`."
+    )
+    postgres_sslrootcert: Path | None = Field(
+        None,
+        description="CA that signed the certificates of those hosts, whose names are checked too.",
+        examples=["/etc/ragrack/tls/ca.crt"],
+    )
+    postgres_connections: int = Field(
+        4, ge=1, le=64, description="Queries that a worker asks of PostgreSQL at a time.", examples=["4"]
+    )
+    postgres_timeout: float = Field(
+        5, gt=0, le=600, description="Seconds that PostgreSQL has for a query.", examples=["5"]
     )
 
     top_k: int = Field(5, ge=1, le=50, description="Nodes retrieved for a query that does not say.", examples=["5"])
@@ -536,7 +573,7 @@ def table() -> str:
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         value = ",".join(item if isinstance(item, str) else "=".join(item) for item in value)
-    return "none" if value is None else f"`{value}`"
+    return f"`{value}`" if value not in (None, "") else "none"
 
 
 def _values(field: FieldInfo) -> str:
@@ -612,16 +649,9 @@ def _validated_alone(values: Mapping[str, Any], bad: set[str]) -> dict[str, Any]
 
 def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
     """What fields that are sound alone say against each other: the fields looked at, and the problem."""
-    paths = (
-        "index_dir",
-        "documents_dir",
-        "index_ssh_config",
-        "golden_dir",
-        "embed_model_dir",
-        "api_keys_file",
-        "runtime_dir",
-        "tokenizer",
-    )
+    paths = [
+        name for name, field in Settings.model_fields.items() if Path in (field.annotation, *get_args(field.annotation))
+    ]
     for name in paths:
         path: Path | None = getattr(settings, name)
         if path is not None and not path.is_absolute():
@@ -670,6 +700,8 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
         yield from _needed(settings, "llm_fallback_model", ("llm_fallback_base_url",))
     url = settings.llm_base_url
     yield from _jwt(settings)
+    if settings.vector_store == "postgres":
+        yield from _postgres(settings)
     if settings.answer == "generate":
         for name in ("llm_base_url", "llm_model"):
             if getattr(settings, name) is None:
@@ -715,6 +747,44 @@ def _needed(settings: Settings, by: str, names: Iterable[str]) -> Iterator[tuple
             yield (name, by), Problem(variable(name), f"is not set, but {given} needs it", mend)
 
 
+def _postgres(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    hosts = settings.postgres_hosts
+    if not hosts:
+        given = f"{variable('vector_store')}=postgres needs it"
+        mend = f"set it, e.g. {variable('postgres_hosts')}=db1.example.org,db2.example.org"
+        yield ("postgres_hosts", "vector_store"), Problem(variable("postgres_hosts"), f"is not set, but {given}", mend)
+    sockets = [host for host in hosts if host.startswith("/")]
+    if sockets and len(hosts) > 1:
+        yield (
+            ("postgres_hosts",),
+            Problem(
+                variable("postgres_hosts"),
+                f"names '{sockets[0]}', the directory of a socket, beside other hosts",
+                "name it alone, or name hosts alone",
+            ),
+        )
+    if hosts and not sockets and settings.postgres_sslrootcert is None:
+        yield (
+            ("postgres_sslrootcert", "postgres_hosts"),
+            Problem(
+                variable("postgres_sslrootcert"),
+                f"is not set, but {variable('postgres_hosts')} are reached over the network, and whoever is on the way "
+                "could stand in for them",
+                f"give the CA of their certificates, e.g. {variable('postgres_sslrootcert')}=/etc/ragrack/tls/ca.crt",
+            ),
+        )
+    dimensions = settings.embed_dimensions
+    if dimensions is not None and dimensions > PGVECTOR_DIMENSIONS:
+        yield (
+            ("embed_dimensions", "vector_store"),
+            Problem(
+                variable("embed_dimensions"),
+                f"{dimensions}, but pgvector's index takes vectors of {PGVECTOR_DIMENSIONS} dimensions",
+                f"use a model with fewer, or {variable('vector_store')}=embedded",
+            ),
+        )
+
+
 def _jwt(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
     together = ("jwt_issuer", "jwt_audience", "jwt_jwks_url")
     given = [name for name in together if getattr(settings, name) is not None]
@@ -757,6 +827,8 @@ def _on_host(settings: Settings) -> Iterator[tuple[str, Problem]]:
                 f"make it and let this user write there, or set {variable('ingests')}=false",
             ),
         )
+    if settings.vector_store == "postgres":
+        yield from _postgres_credentials(settings)
     yield from _dimensions(settings)
     if settings.tokenizer is not None:
         yield from _tokenizer(settings, settings.tokenizer)
@@ -765,6 +837,23 @@ def _on_host(settings: Settings) -> Iterator[tuple[str, Problem]]:
             hooks.check(settings.hooks)
         except hooks.HooksError as error:
             yield "hooks", Problem(variable("hooks"), error.problem, error.mend)
+
+
+def _postgres_credentials(settings: Settings) -> Iterator[tuple[str, Problem]]:
+    ca = settings.postgres_sslrootcert
+    if ca is not None and not os.access(ca, os.R_OK):
+        mend = "put the CA's certificate there, readable to this user"
+        yield "postgres_sslrootcert", Problem(variable("postgres_sslrootcert"), f"'{ca}' cannot be read", mend)
+    over_network = any(not host.startswith("/") for host in settings.postgres_hosts)
+    if over_network and settings.postgres_password is None:
+        yield (
+            "postgres_password",
+            Problem(
+                variable("postgres_password"),
+                f"is not given, and {variable('postgres_hosts')} take nobody without one",
+                f"give it as the systemd credential {SECRETS['postgres_password']}",
+            ),
+        )
 
 
 def _model(settings: Settings) -> Iterator[tuple[str, Problem]]:
@@ -790,7 +879,7 @@ def _dimensions(settings: Settings) -> Iterator[tuple[str, Problem]]:
     if given is not None and given != fingerprint.dimensions:
         problem = f"{given}, but the embedding model's vectors have {fingerprint.dimensions}"
         yield "embed_dimensions", Problem(variable("embed_dimensions"), problem, "leave it out, or give that number")
-    for name in settings.collections:
+    for name in settings.collections if settings.vector_store == "embedded" else ():
         try:
             current = SnapshotDir(settings.index_dir, name, fingerprint.digest).current()
         except (SnapshotError, OSError):

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 MANIFEST = "manifest.json"
 SNAPSHOT_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
@@ -70,13 +70,16 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         try:
-            raw = json.loads((path / MANIFEST).read_text())
-            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-            return cls(**raw)
+            return cls.parse(json.loads((path / MANIFEST).read_text()))
         except FileNotFoundError as error:
             raise SnapshotError(f"{path} has no {MANIFEST}: it is not a whole snapshot") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SnapshotError(f"{path / MANIFEST} is damaged: {error}") from error
+
+    @classmethod
+    def parse(cls, raw: Any) -> Self:
+        """Out of its JSON. Raises TypeError, KeyError or AttributeError where that is damaged."""
+        return cls(**raw | {"files": {name: FileEntry(**entry) for name, entry in raw["files"].items()}})
 
     def write(self, path: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
@@ -163,7 +166,7 @@ class SnapshotDir:
         self._hold = self.root / "hold.json"
 
     @classmethod
-    def all(cls, index_dir: Path) -> Sequence[SnapshotDir]:
+    def all(cls, index_dir: Path) -> Sequence[Self]:
         """Of every collection and fingerprint that has any, by name."""
         return [
             cls(index_dir, path.parent.parent.name, path.parent.name)

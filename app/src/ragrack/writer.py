@@ -15,7 +15,6 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ import faiss as _faiss
 import numpy as np
 from llama_index.core.schema import BaseNode
 
+from ragrack.readonly import Written
 from ragrack.snapshot import FileEntry, file_sha256
 from ragrack.store import NODES, VECTORS, connect, plain
 from ragrack.stored import StoredNode
@@ -77,15 +77,6 @@ class Nodes(Protocol):
 
     def some(self, node_ids: Sequence[str]) -> Iterator[BaseNode]:
         """The nodes with these ids, with their embeddings."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """`engine` is `flat` or `hnsw`."""
-
-    engine: str
-    nodes: int
-    files: dict[str, FileEntry]
 
 
 def write_snapshot_files(nodes: Iterable[BaseNode], count: int, dimensions: int, out_dir: Path) -> Written:

@@ -1,0 +1,50 @@
+"""Snapshots in directories of this host, with what it takes to write and to open one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ragrack.snapshot import Manifest, Snapshot, SnapshotDir
+
+if TYPE_CHECKING:
+    from llama_index.core.schema import BaseNode
+
+    from ragrack.readonly import Written
+    from ragrack.store import SnapshotVectorStore
+
+
+class EmbeddedSnapshots(SnapshotDir):
+    """The store's own modules are imported when a snapshot is opened or written: listing them needs none."""
+
+    def open(self, snapshot_id: str, threads: int = 2) -> SnapshotVectorStore:
+        from ragrack.store import SnapshotVectorStore
+
+        return SnapshotVectorStore.open(self.get(snapshot_id).path, threads)
+
+    @contextlib.contextmanager
+    def draft(self) -> Iterator[_Draft]:
+        with self.new() as path:
+            yield _Draft(self, path)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    directory: EmbeddedSnapshots
+    path: Path
+
+    def write(self, nodes: Iterable[BaseNode], count: int, dimensions: int) -> Written:
+        from ragrack.writer import write_snapshot_files
+
+        return write_snapshot_files(nodes, count, dimensions, self.path)
+
+    def open(self) -> SnapshotVectorStore:
+        from ragrack.store import SnapshotVectorStore
+
+        return SnapshotVectorStore.open(self.path)
+
+    def publish(self, manifest: Manifest) -> Snapshot:
+        return self.directory.publish(self.path, manifest)
