@@ -14,8 +14,10 @@ import pytest
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from ragrack import integrity
+from ragrack.embedded import EmbeddedSnapshots
 from ragrack.handle import IndexHandle, IndexUnavailableError
-from ragrack.snapshot import Manifest, Snapshot, SnapshotDir
+from ragrack.readonly import SnapshotStore
+from ragrack.snapshot import Manifest, Snapshot
 from ragrack.store import SnapshotVectorStore
 from ragrack.writer import write_snapshot_files
 
@@ -23,11 +25,11 @@ VECTOR = [1.0, 0.0, 0.0]
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> SnapshotDir:
-    return SnapshotDir(tmp_path, "manual", "0123456789abcdef")
+def directory(tmp_path: Path) -> EmbeddedSnapshots:
+    return EmbeddedSnapshots(tmp_path, "manual", "0123456789abcdef")
 
 
-def publish(directory: SnapshotDir, number: int) -> Snapshot:
+def publish(directory: EmbeddedSnapshots, number: int) -> Snapshot:
     """A snapshot of three nodes whose text is the snapshot's number."""
     with directory.new() as new:
         nodes = [TextNode(id_=f"{number}-{i}", text=str(number), embedding=VECTOR) for i in range(3)]
@@ -52,12 +54,12 @@ def publish(directory: SnapshotDir, number: int) -> Snapshot:
         return snapshot
 
 
-def ask(store: SnapshotVectorStore) -> set[str]:
+def ask(store: SnapshotStore) -> set[str]:
     result = store.query(VectorStoreQuery(query_embedding=VECTOR, similarity_top_k=3))
     return {node.get_content() for node in result.nodes or []}
 
 
-def open_files(directory: SnapshotDir) -> set[str]:
+def open_files(directory: EmbeddedSnapshots) -> set[str]:
     """Names of the snapshots that this process has mapped or open."""
     names = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
     for fd in Path("/proc/self/fd").iterdir():
@@ -70,7 +72,7 @@ def open_files(directory: SnapshotDir) -> set[str]:
     }
 
 
-def test_without_a_snapshot_it_says_so_and_waits_for_one(directory: SnapshotDir) -> None:
+def test_without_a_snapshot_it_says_so_and_waits_for_one(directory: EmbeddedSnapshots) -> None:
     handle = IndexHandle(directory)
     assert handle.snapshot_id is None
     with pytest.raises(IndexUnavailableError, match="ragrack ingest --collection manual"), handle.use():
@@ -84,7 +86,7 @@ def test_without_a_snapshot_it_says_so_and_waits_for_one(directory: SnapshotDir)
     handle.close()
 
 
-def test_the_old_one_is_closed_when_its_last_user_has_gone(directory: SnapshotDir) -> None:
+def test_the_old_one_is_closed_when_its_last_user_has_gone(directory: EmbeddedSnapshots) -> None:
     first, second = publish(directory, 1), publish(directory, 2)
     directory.flip(first.id, "ingest")
     handle = IndexHandle(directory)
@@ -117,7 +119,7 @@ def flipped(data: bytes, where: int) -> bytes:
     return data[:where] + bytes([data[where] ^ 0xFF]) + data[where + 1 :]
 
 
-def damage(directory: SnapshotDir, snapshot: Snapshot, kind: str) -> None:
+def damage(directory: EmbeddedSnapshots, snapshot: Snapshot, kind: str) -> None:
     vectors, nodes, manifest = (snapshot.path / name for name in ("vectors.faiss", "nodes.sqlite", "manifest.json"))
     match kind:
         case "vectors cut short":
@@ -199,7 +201,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_snapshot_is_never_opened(directory: SnapshotDir, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_bad_snapshot_is_never_opened(
+    directory: EmbeddedSnapshots, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     first, second = publish(directory, 1), publish(directory, 2)
     directory.flip(first.id, "ingest")
     handle = IndexHandle(directory)
@@ -226,7 +230,7 @@ def test_a_bad_snapshot_is_never_opened(directory: SnapshotDir, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("noted", [True, False])
-def test_what_was_damaged_and_is_mended_is_opened(directory: SnapshotDir, noted: bool) -> None:
+def test_what_was_damaged_and_is_mended_is_opened(directory: EmbeddedSnapshots, noted: bool) -> None:
     snapshot = publish(directory, 1)
     if not noted:
         shutil.rmtree(directory.root / "verified")
@@ -242,7 +246,7 @@ def test_what_was_damaged_and_is_mended_is_opened(directory: SnapshotDir, noted:
     handle.close()
 
 
-def test_what_answers_is_told_to_be_damaged_and_replaced_when_it_is_mended(directory: SnapshotDir) -> None:
+def test_what_answers_is_told_to_be_damaged_and_replaced_when_it_is_mended(directory: EmbeddedSnapshots) -> None:
     snapshot = publish(directory, 1)
     directory.flip(snapshot.id, "ingest")
     handle = IndexHandle(directory)
@@ -260,7 +264,7 @@ def test_what_answers_is_told_to_be_damaged_and_replaced_when_it_is_mended(direc
 
 
 def test_a_verified_snapshot_is_not_read_again_by_each_worker(
-    directory: SnapshotDir, monkeypatch: pytest.MonkeyPatch
+    directory: EmbeddedSnapshots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = publish(directory, 1)
     directory.flip(snapshot.id, "ingest")
@@ -268,7 +272,7 @@ def test_a_verified_snapshot_is_not_read_again_by_each_worker(
     assert IndexHandle(directory).snapshot_id == snapshot.id
 
 
-def test_whatever_happens_it_goes_on_following(directory: SnapshotDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_happens_it_goes_on_following(directory: EmbeddedSnapshots, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = publish(directory, 1), publish(directory, 2)
     directory.flip(first.id, "ingest")
     handle = IndexHandle(directory)
@@ -286,7 +290,7 @@ def _out_of_memory(*_: object) -> None:
     raise MemoryError
 
 
-def test_a_failed_pull_is_told_while_the_old_one_answers(directory: SnapshotDir) -> None:
+def test_a_failed_pull_is_told_while_the_old_one_answers(directory: EmbeddedSnapshots) -> None:
     snapshot = publish(directory, 1)
     directory.flip(snapshot.id, "pull")
     (directory.root / "pull.json").write_text('{"at": "20261124T000000Z", "snapshot": null, "problem": "no route"}')
@@ -295,7 +299,7 @@ def test_a_failed_pull_is_told_while_the_old_one_answers(directory: SnapshotDir)
     assert IndexHandle(directory).pull_problem is None, "a host that ingests has none"
 
 
-def test_it_is_warm_before_it_is_swapped_in(directory: SnapshotDir) -> None:
+def test_it_is_warm_before_it_is_swapped_in(directory: EmbeddedSnapshots) -> None:
     directory.flip(publish(directory, 1).id, "ingest")
     seen: list[set[str]] = []
     handle = IndexHandle(directory, warm=lambda store: seen.append(ask(store)))
@@ -303,12 +307,12 @@ def test_it_is_warm_before_it_is_swapped_in(directory: SnapshotDir) -> None:
     handle.close()
 
 
-async def test_watching_follows_current(directory: SnapshotDir) -> None:
+async def test_watching_follows_current(directory: EmbeddedSnapshots) -> None:
     first, second = publish(directory, 1), publish(directory, 2)
     directory.flip(first.id, "ingest")
     loop, warmed = asyncio.get_running_loop(), asyncio.Event()
 
-    def warm(store: SnapshotVectorStore) -> None:
+    def warm(store: SnapshotStore) -> None:
         loop.call_soon_threadsafe(warmed.set)
 
     handle = IndexHandle(directory, warm=warm)
@@ -327,7 +331,7 @@ async def test_watching_follows_current(directory: SnapshotDir) -> None:
     handle.close()
 
 
-def test_a_thousand_flips_under_load_lose_no_query_and_leave_nothing_behind(directory: SnapshotDir) -> None:
+def test_a_thousand_flips_under_load_lose_no_query_and_leave_nothing_behind(directory: EmbeddedSnapshots) -> None:
     ids = [publish(directory, number).id for number in (1, 2)]
     directory.flip(ids[0], "ingest")
     handle = IndexHandle(directory)
@@ -346,7 +350,7 @@ def test_a_thousand_flips_under_load_lose_no_query_and_leave_nothing_behind(dire
     def flip(times: int) -> int:
         swaps = 0
         for number in range(times):
-            # As SnapshotDir.flip does, without its waits for the disk.
+            # As EmbeddedSnapshots.flip does, without its waits for the disk.
             aside = directory.root / "aside"
             aside.symlink_to(Path("snapshots") / ids[(number + 1) % 2])
             aside.replace(directory.link)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from ragrack.cli import main
+from ragrack.embedded import EmbeddedSnapshots
 from ragrack.fingerprint import Fingerprint
 from ragrack.settings import Settings
 from ragrack.snapshot import FileEntry, Manifest, SnapshotDir, file_sha256
@@ -200,11 +201,11 @@ def test_an_index_goes_with_the_last_release_that_opens_it(settings: Settings, t
     for made in (settings, small):
         for collection in ("manual", "notes"):
             publish(SnapshotDir(settings.index_dir, collection, Fingerprint.of(made).digest), 1)
-    found, notes = unneeded(settings.index_dir, releases)
+    found, notes = unneeded(EmbeddedSnapshots.all(settings.index_dir), releases)
     assert {directory.collection for directory in found} == {"notes"}
     assert notes == []
     shutil.rmtree(releases / "two")
-    found, _ = unneeded(settings.index_dir, releases)
+    found, _ = unneeded(EmbeddedSnapshots.all(settings.index_dir), releases)
     assert ("manual", Fingerprint.of(small).digest) in {(d.collection, d.fingerprint) for d in found}
     assert ("manual", Fingerprint.of(settings).digest) not in {(d.collection, d.fingerprint) for d in found}
 
@@ -232,12 +233,12 @@ def test_where_it_cannot_be_told_every_index_stays(settings: Settings, tmp_path:
     releases = tmp_path / "releases"
     release(releases, "one", settings, collections="manual")
     publish(SnapshotDir(settings.index_dir, "manual", "f" * 16), 1)
-    assert len(unneeded(settings.index_dir, releases)[0]) == 1
+    assert len(unneeded(EmbeddedSnapshots.all(settings.index_dir), releases)[0]) == 1
     harm(releases)
-    found, [note] = unneeded(settings.index_dir, releases)
+    found, [note] = unneeded(EmbeddedSnapshots.all(settings.index_dir), releases)
     assert found == []
     assert note.startswith("indexes of other fingerprints stay: ")
-    assert unneeded(settings.index_dir, None)[0] == []
+    assert unneeded(EmbeddedSnapshots.all(settings.index_dir), None)[0] == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root acts as others")

@@ -30,6 +30,9 @@ class Snapshot(Protocol):
     def check(self) -> None:
         """What can be seen without reading the data. Takes no time. Raises SnapshotError."""
 
+    def signature(self) -> object:
+        """Equal to the one before as long as nobody has touched it. Raises SnapshotError."""
+
 
 class Draft(Protocol):
     """A snapshot that is being built. Nobody else sees it."""
@@ -53,6 +56,12 @@ class Snapshots(Protocol):
     collection: str
     fingerprint: str
 
+    def __str__(self) -> str:
+        """Where they are, for a message."""
+
+    def ids(self) -> Sequence[str]:
+        """Of all that are there, damaged ones too, oldest first."""
+
     def current_id(self) -> str | None: ...
 
     def current(self) -> Snapshot | None: ...
@@ -63,6 +72,12 @@ class Snapshots(Protocol):
 
     def verify(self, snapshot_id: str) -> None: ...
 
+    def trust(self, snapshot: Snapshot) -> None:
+        """Before it is opened: raises SnapshotError where it is damaged. Reads it only if nobody has before."""
+
+    def note(self, snapshot: Snapshot) -> None:
+        """For who has verified it, so that `trust` need not."""
+
     def open(self, snapshot_id: str, threads: int = 2) -> SnapshotStore:
         """To answer from. Open it after a fork, never before."""
 
@@ -71,7 +86,7 @@ class Snapshots(Protocol):
 
     def flip(self, snapshot_id: str, why: str, *, back: bool = False) -> None: ...
 
-    def offer(self, snapshot_id: str, why: str) -> bool: ...
+    def offer(self, snapshot_id: str, why: str, *, back: bool = False) -> bool: ...
 
     def hold(self, why: str) -> None: ...
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragrack import index_cli
-from ragrack.command import RefusedError, act_as_owner, collections_of, directory_of, print_json
+from ragrack.command import RefusedError, act_as_owner, collections_of, print_json, snapshots_of
 from ragrack.index_cli import figures
 from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
 
@@ -172,7 +172,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     settings = load()
     collections = collections_of(settings, arguments.collection)
     if arguments.missing:
-        collections = [name for name in collections if directory_of(settings, name).current_id() is None]
+        collections = [name for name in collections if snapshots_of(settings, name).current_id() is None]
     if not collections:
         print("every collection has a snapshot", file=sys.stderr)
         return 0
@@ -182,7 +182,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     act_as_owner(settings.index_dir)
     failed = 0
     for name in collections:
-        directory = directory_of(settings, name)
+        directory = snapshots_of(settings, name)
         before, there = directory.current_id(), {snapshot.id for snapshot in directory.list()}
         try:
             snapshot = ingest(settings, name, progress_to(sys.stderr, arguments.json))

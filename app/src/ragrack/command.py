@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ragrack import catalog
 from ragrack.settings import Settings, SettingsError, examine, read_env_file
 
 if TYPE_CHECKING:
-    from ragrack.snapshot import SnapshotDir
+    from ragrack.catalog import Snapshots
 
 HOST_ENV = Path("/etc/ragrack/host.env")
 
@@ -35,13 +36,12 @@ def collections_of(settings: Settings, named: list[str] | None) -> list[str]:
     return list(named or settings.collections)
 
 
-def directory_of(settings: Settings, collection: str) -> SnapshotDir:
+def snapshots_of(settings: Settings, collection: str) -> Snapshots:
     """Its snapshots with the fingerprint of these settings. Raises RefusedError."""
     from ragrack.fingerprint import Fingerprint, ModelError
-    from ragrack.snapshot import SnapshotDir
 
     try:
-        return SnapshotDir(settings.index_dir, collection, Fingerprint.of(settings).digest)
+        return catalog.snapshots(settings, collection, Fingerprint.of(settings).digest)
     except ModelError as error:
         raise RefusedError(str(error)) from error
 
@@ -65,7 +65,7 @@ def settings_here() -> Settings:
             if path.exists():
                 environ |= read_env_file(path)[0]
         environ["RAGRACK_EMBED_MODEL_DIR"] = str(next(release.glob("models/*"), release / "models"))
-    settings, problems = examine(environ, on_host=False)
+    settings, problems = examine(environ, on_host=False, credentials=release / "credentials" if release else None)
     if settings is None or problems:
         raise SettingsError(problems)
     return settings

@@ -8,17 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ragrack import integrity
 from ragrack.snapshot import Manifest, Snapshot, SnapshotDir
 
 if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
 
+    from ragrack import catalog
     from ragrack.readonly import Written
     from ragrack.store import SnapshotVectorStore
 
 
 class EmbeddedSnapshots(SnapshotDir):
     """The store's own modules are imported when a snapshot is opened or written: listing them needs none."""
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def trust(self, snapshot: catalog.Snapshot) -> None:
+        integrity.check(self, self.get(snapshot.id))
+
+    def note(self, snapshot: catalog.Snapshot) -> None:
+        integrity.note(self, self.get(snapshot.id))
 
     def open(self, snapshot_id: str, threads: int = 2) -> SnapshotVectorStore:
         from ragrack.store import SnapshotVectorStore
@@ -47,4 +58,6 @@ class _Draft:
         return SnapshotVectorStore.open(self.path)
 
     def publish(self, manifest: Manifest) -> Snapshot:
-        return self.directory.publish(self.path, manifest)
+        snapshot = self.directory.publish(self.path, manifest)
+        integrity.note(self.directory, snapshot)
+        return snapshot

@@ -9,9 +9,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ragrack import integrity, pull
-from ragrack.snapshot import Snapshot, SnapshotDir, SnapshotError
-from ragrack.store import SnapshotVectorStore
+from ragrack import pull
+from ragrack.catalog import Snapshot, Snapshots
+from ragrack.readonly import SnapshotStore
+from ragrack.snapshot import SnapshotDir, SnapshotError
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +26,9 @@ class OpenSnapshot:
     """A snapshot and its store; `users` and `retired` are the handle's."""
 
     snapshot: Snapshot
-    signature: integrity.Signature
-    """Of the files, as they were when they were found to be what the manifest says."""
-    store: SnapshotVectorStore
+    signature: object
+    """As it was when the snapshot was found to be what its manifest says."""
+    store: SnapshotStore
     users: int = field(default=0, repr=False)
     retired: bool = field(default=False, repr=False)
 
@@ -41,14 +42,14 @@ class IndexHandle:
 
     def __init__(
         self,
-        directory: SnapshotDir,
+        snapshots: Snapshots,
         *,
         threads: int = 2,
-        warm: Callable[[SnapshotVectorStore], None] | None = None,
+        warm: Callable[[SnapshotStore], None] | None = None,
         pulled: bool = False,
     ) -> None:
         """`pulled`: snapshots come from another host, so what hinders that is worth telling."""
-        self._directory = directory
+        self._snapshots = snapshots
         self._threads = threads
         self._warm = warm
         self._pulled = pulled
@@ -57,7 +58,7 @@ class IndexHandle:
         self._open: OpenSnapshot | None = None
         self._problem: str | None = None
         self._pull_problem: str | None = None
-        self._checked: tuple[integrity.Signature, str | None] | None = None
+        self._checked: tuple[object, str | None] | None = None
         self._closed = False
         self.poll()
 
@@ -103,14 +104,15 @@ class IndexHandle:
             if self._closed:
                 return False
             try:
-                last = pull.last(self._directory) if self._pulled else None
+                here = self._snapshots
+                last = pull.last(here) if self._pulled and isinstance(here, SnapshotDir) else None
                 self._pull_problem = last.problem if last else None
                 fresh = self._newer()
             except (SnapshotError, OSError) as error:
                 self._problem = str(error)
                 return False
             except Exception as error:
-                log.exception("the index of %s cannot be followed", self._directory.collection)
+                log.exception("the index of %s cannot be followed", self._snapshots.collection)
                 self._problem = f"failed with {type(error).__name__}"
                 return False
             self._problem = None
@@ -133,13 +135,13 @@ class IndexHandle:
 
     def _newer(self) -> OpenSnapshot | None:
         """What `current` points at, verified, opened and warm; None where that is open. Raises SnapshotError."""
-        snapshot = self._directory.current()
+        snapshot = self._snapshots.current()
         if snapshot is None:
             raise SnapshotError(
-                f"collection {self._directory.collection} has no index with fingerprint "
-                f"{self._directory.fingerprint}: run `ragrack ingest --collection {self._directory.collection}`"
+                f"collection {self._snapshots.collection} has no index with fingerprint "
+                f"{self._snapshots.fingerprint}: run `ragrack ingest --collection {self._snapshots.collection}`"
             )
-        signature = integrity.signature(snapshot)
+        signature = snapshot.signature()
         if self._open and self._open.snapshot.id == snapshot.id and self._open.signature == signature:
             return None
         if self._checked is None or self._checked[0] != signature:
@@ -151,13 +153,13 @@ class IndexHandle:
 
     def _damage(self, snapshot: Snapshot) -> str | None:
         try:
-            integrity.check(self._directory, snapshot)
+            self._snapshots.trust(snapshot)
         except SnapshotError as error:
             return str(error)
         return None
 
-    def _open_warm(self, snapshot: Snapshot) -> SnapshotVectorStore:
-        store = SnapshotVectorStore.open(snapshot.path, self._threads)
+    def _open_warm(self, snapshot: Snapshot) -> SnapshotStore:
+        store = self._snapshots.open(snapshot.id, self._threads)
         try:
             if len(store) != snapshot.manifest.nodes or store.dimensions != snapshot.manifest.dimensions:
                 raise SnapshotError(f"snapshot {snapshot.id}: its files are not those of its manifest")

@@ -11,19 +11,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ragrack import catalog
+from ragrack.catalog import Snapshots
 from ragrack.command import (
     RefusedError,
     act_as_owner,
     collections_of,
-    directory_of,
     own_release,
     print_json,
     settings_here,
+    snapshots_of,
 )
+from ragrack.embedded import EmbeddedSnapshots
 from ragrack.lock import BusyError, building
 from ragrack.needed import unneeded
-from ragrack.settings import Settings
-from ragrack.snapshot import SNAPSHOT_ID, Hold, SnapshotDir, SnapshotError
+from ragrack.settings import Settings, SettingsError
+from ragrack.snapshot import Hold, SnapshotError
 
 
 def add_commands(commands: Any) -> None:
@@ -125,7 +128,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _target(directory: SnapshotDir, named: str | None) -> str:
+def _target(directory: Snapshots, named: str | None) -> str:
     """It was sound when it last served; all of it is read before it serves again."""
     damage = []
     for snapshot_id in [named] if named else directory.ways_back():
@@ -154,7 +157,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _moved(directory: SnapshotDir, before: str | None, after: str | None) -> dict[str, Any]:
+def _moved(directory: Snapshots, before: str | None, after: str | None) -> dict[str, Any]:
     held = directory.held()
     return {**_whose(directory), "from": before, "to": after, "held": asdict(held) if held else None}
 
@@ -169,13 +172,13 @@ def _tell(results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         print(f"{row['collection']}: {moved}; {held}")
 
 
-def _named(settings: Settings, arguments: argparse.Namespace) -> Sequence[SnapshotDir]:
+def _named(settings: Settings, arguments: argparse.Namespace) -> Sequence[Snapshots]:
     """Those that --collection names; with --to, the one that has that snapshot; else all. Of these settings' own."""
-    directories = [directory_of(settings, name) for name in collections_of(settings, arguments.collection)]
+    directories = [snapshots_of(settings, name) for name in collections_of(settings, arguments.collection)]
     if arguments.to is None:
         return directories
-    having = [directory for directory in directories if (directory.snapshots / arguments.to).is_dir()]
-    if having and SNAPSHOT_ID.fullmatch(arguments.to):
+    having = [directory for directory in directories if arguments.to in directory.ids()]
+    if having:
         return having
     there = [f"{d.collection} {snapshot.id}" for d in directories for snapshot in d.list()]
     raise RefusedError(
@@ -188,12 +191,19 @@ def _prune(arguments: argparse.Namespace) -> int:
     act_as_owner(settings.index_dir)
     keep = arguments.keep or settings.keep_snapshots
     release = own_release()
-    indexes, notes = unneeded(settings.index_dir, release.parent if release else None)
+    try:
+        there = [*catalog.every(settings)]
+    except SnapshotError as error:
+        raise RefusedError(str(error)) from error
+    if settings.vector_store != "embedded":
+        # What has been staged for an index lies on this host, wherever the index is.
+        there += EmbeddedSnapshots.all(settings.index_dir)
+    indexes, notes = unneeded(there, release.parent if release else None)
     if not arguments.dry_run:
-        indexes = [directory for directory in indexes if _discarded(directory, notes)]
+        indexes = [directory for directory in indexes if _discarded(settings, directory, notes)]
     snapshots = []
-    for directory in SnapshotDir.all(settings.index_dir):
-        if directory.root not in {index.root for index in indexes}:
+    for directory in there:
+        if directory not in indexes:
             gone = directory.prunable(keep) if arguments.dry_run else directory.prune(keep)
             snapshots += [{**_whose(directory), "snapshot": snapshot_id} for snapshot_id in gone]
     if arguments.json:
@@ -209,9 +219,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _discarded(directory: SnapshotDir, notes: list[str]) -> bool:
+def _discarded(settings: Settings, directory: Snapshots, notes: list[str]) -> bool:
     try:
-        with building(directory.index_dir, directory.collection):
+        with building(settings.index_dir, directory.collection):
             directory.discard()
     except BusyError as error:
         notes.append(f"{directory.collection} {directory.fingerprint} stays: {error}")
@@ -219,7 +229,7 @@ def _discarded(directory: SnapshotDir, notes: list[str]) -> bool:
     return True
 
 
-def _whose(directory: SnapshotDir) -> dict[str, str]:
+def _whose(directory: Snapshots) -> dict[str, str]:
     return {"collection": directory.collection, "fingerprint": directory.fingerprint}
 
 
@@ -256,10 +266,13 @@ def _pull(arguments: argparse.Namespace) -> int:
     from ragrack.pull import PullError, pull
 
     settings = settings_here()
+    if settings.vector_store == "postgres":
+        print("nothing to fetch: every host asks the same database", file=sys.stderr)
+        return 0
     act_as_owner(settings.index_dir)
     collections = collections_of(settings, arguments.collection)
     if arguments.missing:
-        collections = [name for name in collections if directory_of(settings, name).current_id() is None]
+        collections = [name for name in collections if snapshots_of(settings, name).current_id() is None]
     if not collections:
         print("every collection has a snapshot", file=sys.stderr)
         return 0
@@ -280,17 +293,24 @@ def _pull(arguments: argparse.Namespace) -> int:
     return failed
 
 
-def _directories(collection: str | None) -> list[SnapshotDir]:
+def _directories(collection: str | None) -> list[Snapshots]:
     """Of every fingerprint: those of other releases are worth seeing too, so no embedding model is asked for."""
-    root = Path(os.environ.get("RAGRACK_INDEX_DIR") or Settings.model_fields["index_dir"].default)
-    return [d for d in SnapshotDir.all(root) if collection in (None, d.collection)]
+    try:
+        there = catalog.every(settings_here())
+    except SettingsError:
+        # What lies on this host can be looked at whatever the settings say.
+        root = Path(os.environ.get("RAGRACK_INDEX_DIR") or Settings.model_fields["index_dir"].default)
+        there = EmbeddedSnapshots.all(root)
+    except SnapshotError as error:
+        raise RefusedError(str(error)) from error
+    return [one for one in there if collection in (None, one.collection)]
 
 
-def _chosen(arguments: argparse.Namespace) -> list[tuple[SnapshotDir, str]]:
+def _chosen(arguments: argparse.Namespace) -> list[tuple[Snapshots, str]]:
     chosen = []
     for directory in _directories(arguments.collection):
         snapshot_id = arguments.snapshot or directory.current_id()
-        if snapshot_id is not None and (arguments.snapshot is None or (directory.snapshots / snapshot_id).is_dir()):
+        if snapshot_id is not None and (arguments.snapshot is None or snapshot_id in directory.ids()):
             chosen.append((directory, snapshot_id))
     if not chosen:
         raise RefusedError("there is no such snapshot; `ragrack index list` shows those there are")

@@ -14,27 +14,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from ragrack.snapshot import MANIFEST, Manifest, Snapshot, SnapshotDir, SnapshotError, file_sha256, write_file
+from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, file_sha256, write_file
 
 END_BYTES = 64 * 1024
-
-Signature = Mapping[str, Sequence[int]]
-"""By file, the manifest too, its inode, size in bytes and time of the last write in nanoseconds."""
-
-
-def signature(snapshot: Snapshot) -> Signature:
-    """Raises SnapshotError where a file cannot be looked at."""
-    found = {}
-    for name in (MANIFEST, *snapshot.manifest.files):
-        try:
-            status = (snapshot.path / name).stat()
-        except OSError as error:
-            raise SnapshotError(f"snapshot {snapshot.id}: {name} cannot be read ({error.strerror})") from error
-        found[name] = [status.st_ino, status.st_size, status.st_mtime_ns]
-    return found
 
 
 def note(directory: SnapshotDir, snapshot: Snapshot) -> None:
@@ -56,7 +41,7 @@ def is_noted(directory: SnapshotDir, snapshot: Snapshot) -> bool:
 
 def _glance(snapshot: Snapshot) -> Mapping[str, Mapping[str, object]]:
     return {
-        "files": signature(snapshot),
+        "files": snapshot.signature(),
         "ends": {name: _ends(snapshot.path / name) for name in snapshot.manifest.files},
     }
 

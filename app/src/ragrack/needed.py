@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from ragrack.catalog import Snapshots
 from ragrack.settings import read_env_file
-from ragrack.snapshot import SnapshotDir
 
 TIMEOUT_SECONDS = 60
 
@@ -17,8 +17,8 @@ class _UnsureError(Exception):
     """What a release needs cannot be told; the message says of which and why."""
 
 
-def unneeded(index_dir: Path, releases: Path | None) -> tuple[Sequence[SnapshotDir], list[str]]:
-    """Directories of snapshots that none of the `releases` opens, and why there are none where that cannot be told."""
+def unneeded(there: Sequence[Snapshots], releases: Path | None) -> tuple[Sequence[Snapshots], list[str]]:
+    """Those that none of the `releases` opens, and why there are none where that cannot be told."""
     if releases is None:
         return [], [
             "indexes of other fingerprints stay: not run by a deployed release, so it cannot tell who needs them"
@@ -27,7 +27,7 @@ def unneeded(index_dir: Path, releases: Path | None) -> tuple[Sequence[SnapshotD
         needed = {pair for release in _releases(releases) for pair in _opens(release)}
     except _UnsureError as error:
         return [], [f"indexes of other fingerprints stay: {error}"]
-    return [d for d in SnapshotDir.all(index_dir) if (d.collection, d.fingerprint) not in needed], []
+    return [d for d in there if (d.collection, d.fingerprint) not in needed], []
 
 
 def _releases(directory: Path) -> Sequence[Path]:

@@ -27,6 +27,7 @@ from ragrack.snapshot import Hold, Manifest, SnapshotError, served, timestamp
 if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
 
+    from ragrack.catalog import Snapshot
     from ragrack.postgres_store import PostgresVectorStore
     from ragrack.readonly import Written
 
@@ -71,6 +72,10 @@ class PostgresSnapshot:
     def id(self) -> str:
         return self.manifest.id
 
+    def signature(self) -> object:
+        """Its table: nothing writes to one that is published."""
+        return self.table
+
     def check(self) -> None:
         """Its table is there. Raises SnapshotError."""
         ((found,),) = _rows(self.database, "SELECT to_regclass(%s) IS NOT NULL", f"ragrack.{self.table}")
@@ -86,6 +91,9 @@ class PostgresSnapshots:
         self.collection = collection
         self.fingerprint = fingerprint
         self._whose = (collection, fingerprint)
+
+    def __str__(self) -> str:
+        return str(self.database.target)
 
     @classmethod
     def every(cls, database: Database) -> Sequence[Self]:
@@ -105,7 +113,7 @@ class PostgresSnapshots:
     def get(self, snapshot_id: str) -> PostgresSnapshot:
         rows = _rows(self.database, _ONE, *self._whose, snapshot_id)
         if not rows:
-            there = ", ".join(self._ids()) or "none"
+            there = ", ".join(self.ids()) or "none"
             raise SnapshotError(f"no snapshot {snapshot_id!r} of {self.collection}. Those there are: {there}")
         return self._snapshot(*rows[0])
 
@@ -139,6 +147,13 @@ class PostgresSnapshots:
         if wrong:
             raise SnapshotError(f"snapshot {snapshot_id}: {'; '.join(wrong)}")
 
+    def trust(self, snapshot: Snapshot) -> None:
+        """The database has checksums of its pages, and the rows that a transaction wrote whole."""
+        snapshot.check()
+
+    def note(self, snapshot: Snapshot) -> None:
+        """There is nothing to note."""
+
     def open(self, snapshot_id: str, threads: int = 2) -> PostgresVectorStore:
         """How many queries run at a time is the database's to say, not `threads`."""
         from ragrack.postgres_store import PostgresVectorStore
@@ -168,10 +183,10 @@ class PostgresSnapshots:
         with self._changing() as connection:
             self._flip(connection, snapshot_id, why, back=back)
 
-    def offer(self, snapshot_id: str, why: str) -> bool:
+    def offer(self, snapshot_id: str, why: str, *, back: bool = False) -> bool:
         with self._changing() as connection:
             if self._held(connection) is None:
-                self._flip(connection, snapshot_id, why)
+                self._flip(connection, snapshot_id, why, back=back)
                 return True
             self._need(connection, snapshot_id)
             connection.execute(_AWAIT, [snapshot_id, *self._whose])
@@ -199,7 +214,7 @@ class PostgresSnapshots:
         return Hold(*rows[0]) if rows else None
 
     def ways_back(self) -> Sequence[str]:
-        current, there = self.current_id(), set(self._ids())
+        current, there = self.current_id(), set(self.ids())
         before = dict.fromkeys(reversed(served(self.history(), current)))
         return [snapshot_id for snapshot_id in before if snapshot_id != current and snapshot_id in there]
 
@@ -211,7 +226,7 @@ class PostgresSnapshots:
 
     def prunable(self, keep: int) -> Sequence[str]:
         held = self.held()
-        ids = self._ids()
+        ids = self.ids()
         stay = {self.current_id(), self.previous_id(), held and held.next, *ids[-keep:]}
         return [snapshot_id for snapshot_id in ids if snapshot_id not in stay]
 
@@ -240,13 +255,12 @@ class PostgresSnapshots:
                 f"the manifest of table {_table(number)} in the {self.database.target} is damaged: {error}"
             ) from error
 
-    def _ids(self, connection: Connection | None = None) -> Sequence[str]:
-        rows = (
-            _rows(self.database, _IDS, *self._whose)
-            if connection is None
-            else connection.execute(_IDS, self._whose).fetchall()
-        )
-        return [snapshot_id for (snapshot_id,) in rows]
+    def ids(self) -> Sequence[str]:
+        """Of all that are there, damaged ones too, oldest first."""
+        return [snapshot_id for (snapshot_id,) in _rows(self.database, _IDS, *self._whose)]
+
+    def _ids(self, connection: Connection) -> Sequence[str]:
+        return [snapshot_id for (snapshot_id,) in connection.execute(_IDS, self._whose).fetchall()]
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Connection]:

@@ -31,7 +31,7 @@ from llama_index.core.response_synthesizers.context_only import ContextOnly
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import BasePydanticVectorStore, MetadataFilters, VectorStoreQueryMode
 
-from ragrack import hooks, llms, metrics, tracing
+from ragrack import catalog, hooks, llms, metrics, tracing
 from ragrack import logging as logging_context
 from ragrack.auth import Identity
 from ragrack.fingerprint import Fingerprint, ModelError
@@ -43,7 +43,6 @@ from ragrack.pages import UNITS
 from ragrack.parts import Embedding, open_embedding, tokenizer
 from ragrack.sentences import split_sentences
 from ragrack.settings import Settings
-from ragrack.snapshot import SnapshotDir
 from ragrack.tenants import within
 from ragrack.upstream import retry_after
 
@@ -489,9 +488,8 @@ async def running(settings: Settings) -> AsyncIterator[QueryService]:
             stack.callback(embedding.close)
             stack.enter_context(globals_sealed(settings, embedding.tokens, llm_tokens, site.callback_handlers))
             for name in settings.collections:
-                handle = IndexHandle(
-                    SnapshotDir(settings.index_dir, name, fingerprint), pulled=settings.index_source is not None
-                )
+                snapshots = catalog.snapshots(settings, name, fingerprint)
+                handle = IndexHandle(snapshots, pulled=settings.index_source is not None)
                 stack.callback(handle.close)
                 await asyncio.to_thread(handle.poll)
                 handles[name] = handle

@@ -508,8 +508,13 @@ def load(environ: Mapping[str, str] = os.environ, *, on_host: bool = True) -> Se
     return settings
 
 
-def examine(environ: Mapping[str, str], *, on_host: bool) -> tuple[Settings | None, list[Problem]]:
-    """As `load`, but returns the problems; the settings are None where a field of theirs has one."""
+def examine(
+    environ: Mapping[str, str], *, on_host: bool, credentials: Path | None = None
+) -> tuple[Settings | None, list[Problem]]:
+    """As `load`, but returns the problems; the settings are None where a field of theirs has one.
+
+    credentials: a directory of a release's credentials, read whatever `on_host` is.
+    """
     fields = Settings.model_fields
     problems = list(_unknown(environ))
     values: dict[str, Any] = {
@@ -517,6 +522,8 @@ def examine(environ: Mapping[str, str], *, on_host: bool) -> tuple[Settings | No
     }
     if on_host:
         values |= _secrets(environ)
+    if credentials is not None:
+        values |= _read_secrets({field: credentials / field for field in SECRETS})
     bad: set[str] = set()
     settings = None
     try:
@@ -627,8 +634,12 @@ def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         return {}
-    files = {field: Path(directory) / name for field, name in SECRETS.items()}
-    return {field: path.read_text(encoding="utf-8").strip() for field, path in files.items() if path.is_file()}
+    return _read_secrets({field: Path(directory) / name for field, name in SECRETS.items()})
+
+
+def _read_secrets(files: Mapping[str, Path]) -> dict[str, str]:
+    readable = {field: path for field, path in files.items() if os.access(path, os.R_OK)}
+    return {field: path.read_text(encoding="utf-8").strip() for field, path in readable.items()}
 
 
 def _field_problem(name: str, value: Any, message: str, kind: str) -> Problem:

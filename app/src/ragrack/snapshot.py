@@ -97,6 +97,20 @@ class Snapshot:
     def id(self) -> str:
         return self.path.name
 
+    def signature(self) -> Mapping[str, Sequence[int]]:
+        """By file, the manifest too, its inode, size in bytes and time of the last write in nanoseconds.
+
+        Raises SnapshotError where one cannot be looked at.
+        """
+        found = {}
+        for name in (MANIFEST, *self.manifest.files):
+            try:
+                status = (self.path / name).stat()
+            except OSError as error:
+                raise SnapshotError(f"snapshot {self.id}: {name} cannot be read ({error.strerror})") from error
+            found[name] = [status.st_ino, status.st_size, status.st_mtime_ns]
+        return found
+
     def check(self) -> None:
         """What can be seen without reading the data: every file is there and has its size. Takes no time.
 
@@ -187,7 +201,7 @@ class SnapshotDir:
 
     def get(self, snapshot_id: str) -> Snapshot:
         if not SNAPSHOT_ID.fullmatch(snapshot_id) or not (self.snapshots / snapshot_id).is_dir():
-            there = ", ".join(self._ids()) or "none"
+            there = ", ".join(self.ids()) or "none"
             raise SnapshotError(f"no snapshot {snapshot_id!r} of {self.collection}. Those there are: {there}")
         path = self.snapshots / snapshot_id
         manifest = Manifest.read(path)
@@ -201,7 +215,7 @@ class SnapshotDir:
     def list(self) -> Sequence[Snapshot]:
         """The whole ones, oldest first; damaged ones are left out (`verify` says what is wrong with them)."""
         found = []
-        for snapshot_id in self._ids():
+        for snapshot_id in self.ids():
             with contextlib.suppress(SnapshotError):
                 found.append(self.get(snapshot_id))
         return found
@@ -335,7 +349,7 @@ class SnapshotDir:
         Damaged ones do not count as kept, but go only with their age.
         """
         held = self.held()
-        ids = self._ids()
+        ids = self.ids()
         whole = [snapshot_id for snapshot_id in ids if self._whole(snapshot_id)]
         stay = {self.current_id(), self.previous_id(), held and held.next, *whole[-keep:]}
         return [snapshot_id for snapshot_id in ids[:-keep] if snapshot_id not in stay]
@@ -369,7 +383,7 @@ class SnapshotDir:
 
     def _awaited(self) -> str | None:
         hold = self.held()
-        candidates = [*self._ids(), *([hold.next] if hold and hold.next else [])]
+        candidates = [*self.ids(), *([hold.next] if hold and hold.next else [])]
         return next((snapshot_id for snapshot_id in reversed(candidates) if self._whole(snapshot_id)), None)
 
     def _whole(self, snapshot_id: str) -> bool:
@@ -415,7 +429,8 @@ class SnapshotDir:
         with _flock(self.root, fcntl.LOCK_EX):
             yield
 
-    def _ids(self) -> Sequence[str]:
+    def ids(self) -> Sequence[str]:
+        """Of all that are there, damaged ones too, oldest first."""
         if not self.snapshots.is_dir():
             return []
         return sorted(path.name for path in self.snapshots.iterdir() if SNAPSHOT_ID.fullmatch(path.name))
