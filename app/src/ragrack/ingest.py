@@ -31,11 +31,12 @@ from ragrack.pages import PageByPage
 from ragrack.parts import Embedding, node_parser, open_embedding
 from ragrack.progress import Progress
 from ragrack.readers import DocumentReader, ReaderError
+from ragrack.readonly import Written
 from ragrack.remote import EmbeddingUnavailableError
 from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, timestamp
 from ragrack.staging import Staging
 from ragrack.store import SnapshotVectorStore
-from ragrack.writer import Written, update_snapshot_files, write_snapshot_files
+from ragrack.writer import update_snapshot_files, write_snapshot_files
 
 if TYPE_CHECKING:
     from ragrack.settings import Settings
