@@ -36,7 +36,9 @@ class Told:
 
 def run(settings: Settings) -> tuple[Snapshot, Told]:
     told = Told()
-    return ingest(settings, "manual", told), told
+    snapshot = ingest(settings, "manual", told)
+    assert isinstance(snapshot, Snapshot)
+    return snapshot, told
 
 
 def directory(settings: Settings) -> SnapshotDir:

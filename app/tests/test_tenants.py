@@ -9,10 +9,10 @@ import pytest
 from llama_index.core.schema import MetadataMode
 from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
 from ragrack.auth import THE_GATE, Identity
+from ragrack.embedded import EmbeddedSnapshots
 from ragrack.fingerprint import Fingerprint
 from ragrack.ingest import ingest
 from ragrack.settings import Settings
-from ragrack.snapshot import SnapshotDir
 from ragrack.store import SnapshotVectorStore
 from ragrack.tenants import NoTenantError, may_touch, tenant_filter, within
 
@@ -37,8 +37,7 @@ def store(settings: Settings) -> SnapshotVectorStore:
     snapshot = ingest(apart, "manual", quiet)
     assert len(snapshot.manifest.skipped) == 2
     assert all("tenant's folder" in problem for problem in snapshot.manifest.skipped)
-    assert snapshot.path.is_relative_to(SnapshotDir(apart.index_dir, "manual", Fingerprint.of(apart).digest).root)
-    return SnapshotVectorStore.open(snapshot.path)
+    return EmbeddedSnapshots(apart.index_dir, "manual", Fingerprint.of(apart).digest).open(snapshot.id)
 
 
 def test_a_document_is_its_first_folders_whatever_it_says(store: SnapshotVectorStore) -> None:

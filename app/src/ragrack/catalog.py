@@ -6,7 +6,7 @@ name it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,8 +34,21 @@ class Snapshot(Protocol):
         """Equal to the one before as long as nobody has touched it. Raises SnapshotError."""
 
 
+class Nodes(Protocol):
+    """What a snapshot is to hold, as the staging area has it."""
+
+    def digests(self) -> Iterator[tuple[str, bytes]]:
+        """Id and digest of each node, by id."""
+
+    def some(self, node_ids: Sequence[str]) -> Iterator[BaseNode]:
+        """The nodes with these ids, with their embeddings."""
+
+
 class Draft(Protocol):
     """A snapshot that is being built. Nobody else sees it."""
+
+    def update(self, parent: Snapshot, nodes: Nodes) -> Written | None:
+        """The parent, which is whole, with what has changed since; None where all is better written anew."""
 
     def write(self, nodes: Iterable[BaseNode], count: int, dimensions: int) -> Written:
         """`count` nodes with their embeddings, in the order given. Raises ValueError, OSError, SnapshotError."""

@@ -47,6 +47,11 @@ class _Draft:
     directory: EmbeddedSnapshots
     path: Path
 
+    def update(self, parent: catalog.Snapshot, nodes: catalog.Nodes) -> Written | None:
+        from ragrack.writer import update_snapshot_files
+
+        return update_snapshot_files(self.directory.get(parent.id).path, nodes, self.path)
+
     def write(self, nodes: Iterable[BaseNode], count: int, dimensions: int) -> Written:
         from ragrack.writer import write_snapshot_files
 

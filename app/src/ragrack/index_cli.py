@@ -51,7 +51,11 @@ def add_commands(commands: Any) -> None:
     prune = index.add_parser("prune", help="remove snapshots that no rollback needs, and indexes that no release needs")
     prune.add_argument("--keep", type=_positive, help="how many to keep; default: RAGRACK_KEEP_SNAPSHOTS")
     prune.add_argument("--dry-run", action="store_true", help="remove nothing, tell what would go")
+    move = index.add_parser("move", help="publish what is staged or live in the other store, without embedding it anew")
+    move.add_argument("--to", choices=("embedded", "postgres"), required=True, help="the store that it goes to")
+    move.add_argument("--collection", action="append", help="this one (may be repeated); all by default")
     for command, run in (
+        (move, _move),
         (listed, _list),
         (show, _show),
         (verify, _verify),
@@ -259,6 +263,30 @@ def _verify(arguments: argparse.Namespace) -> int:
         for result in results:
             print(f"{result['collection']} {result['snapshot']}: {result['problem'] or 'as its manifest says'}")
     return 1 if any(result["problem"] for result in results) else 0
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    from ragrack.move import MoveError, move
+    from ragrack.progress import progress_to
+
+    settings = settings_here()
+    if arguments.to == "postgres" and not settings.postgres_hosts:
+        raise RefusedError("RAGRACK_POSTGRES_HOSTS is not set: it says where PostgreSQL is")
+    act_as_owner(settings.index_dir)
+    failed = 0
+    for name in collections_of(settings, arguments.collection):
+        try:
+            outcome = move(settings, name, arguments.to, progress_to(sys.stderr, arguments.json))
+        except MoveError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed = 1
+            continue
+        if arguments.json:
+            row = {"collection": name, "to": arguments.to, "snapshot": outcome.snapshot.id, "source": outcome.source}
+            print_json({**row, **figures(outcome.snapshot.manifest)})
+        else:
+            print(f"{name}: snapshot {outcome.snapshot.id} in the {arguments.to} store, from {outcome.source}")
+    return failed
 
 
 def _pull(arguments: argparse.Namespace) -> int:

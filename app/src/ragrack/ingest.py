@@ -6,37 +6,32 @@ below the index directory and can be killed at any point and run again. `current
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.schema import BaseNode, Document
-from llama_index.core.vector_stores.types import VectorStoreQuery
 
-from ragrack import integrity, tenants
+from ragrack import catalog, tenants
 from ragrack.ahead import SplitAndEmbed
+from ragrack.catalog import Snapshot
 from ragrack.extract import KINDS, Limits
 from ragrack.files import DocumentError, Found, find_documents, read_file
 from ragrack.fingerprint import Fingerprint, ModelError
-from ragrack.golden import GoldenError, GoldenReport, GoldenSet, evaluate
+from ragrack.golden import GoldenError, GoldenSet
 from ragrack.lock import BusyError, building
 from ragrack.pages import PageByPage
 from ragrack.parts import Embedding, node_parser, open_embedding
 from ragrack.progress import Progress
+from ragrack.publish import PublishError, publish, staged_at
 from ragrack.readers import DocumentReader, ReaderError
-from ragrack.readonly import Written
 from ragrack.remote import EmbeddingUnavailableError
-from ragrack.snapshot import Manifest, Snapshot, SnapshotDir, SnapshotError, timestamp
+from ragrack.snapshot import SnapshotError
 from ragrack.staging import Staging
-from ragrack.store import SnapshotVectorStore
-from ragrack.writer import update_snapshot_files, write_snapshot_files
 
 if TYPE_CHECKING:
     from ragrack.settings import Settings
@@ -68,11 +63,12 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
             f"{documents} holds no documents: put files there that end in {', '.join(KINDS)} "
             f"(an index is never emptied by itself){''.join(f'; {problem}' for problem in found.problems.values())}"
         )
-    directory = SnapshotDir(settings.index_dir, collection, fingerprint.digest)
-    staged = directory.root / "staging.sqlite"
+    snapshots = catalog.snapshots(settings, collection, fingerprint.digest)
+    staged = staged_at(settings, collection, fingerprint.digest)
     try:
         with building(settings.index_dir, collection), contextlib.ExitStack() as stack:
-            directory.snapshots.mkdir(parents=True, exist_ok=True)
+            # As of an index on this host, wherever the snapshots are kept: so `ragrack index prune` finds it.
+            (staged.parent / "snapshots").mkdir(parents=True, exist_ok=True)
             threads = settings.ingest_threads or len(os.sched_getaffinity(0))
             embedding = open_embedding(settings, threads)
             stack.callback(embedding.close)
@@ -80,28 +76,20 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
             stack.callback(staging.close)
             reader = stack.enter_context(DocumentReader(Limits.of(settings)))
             # What dead runs left, before the disk is needed.
-            directory.prune(settings.keep_snapshots)
+            snapshots.prune(settings.keep_snapshots)
             _stage(staging, embedding, reader, settings, documents, found, progress)
-            before = directory.current_id()
-            snapshot = _publish(staging, embedding, directory, fingerprint, golden, progress)
-            live = directory.offer(snapshot.id, "ingest")
-            directory.prune(settings.keep_snapshots)
-    except (BusyError, ModelError, SnapshotError, EmbeddingUnavailableError, ReaderError) as error:
+            outcome = publish(staging, embedding, snapshots, fingerprint, golden, progress)
+            snapshots.prune(settings.keep_snapshots)
+    except (BusyError, ModelError, PublishError, SnapshotError, EmbeddingUnavailableError, ReaderError) as error:
         raise IngestError(str(error)) from error
     except sqlite3.OperationalError as error:
-        raise IngestError(f"cannot write below {directory.root}: {error}") from error
+        raise IngestError(f"cannot write below {staged.parent}: {error}") from error
     except sqlite3.DatabaseError as error:
         raise IngestError(f"{staged} is damaged ({error}): remove it, and all is embedded anew") from error
     except OSError as error:
         raise IngestError(f"cannot write below {settings.index_dir}: {error}") from error
-    manifest = snapshot.manifest
-    outcome = "is still what the documents say" if snapshot.id == before else "is live"
-    hold = directory.held()
-    if not live and hold is not None:
-        outcome = f"was built and is not live: {collection} is {hold.words()}"
-    counts = f"{manifest.documents} documents, {manifest.nodes} nodes, {len(manifest.skipped)} skipped"
-    progress("done", 1, 1, f"snapshot {snapshot.id} {outcome}: {counts}")
-    return snapshot
+    progress("done", 1, 1, outcome.words())
+    return outcome.snapshot
 
 
 def _stage(
@@ -185,124 +173,6 @@ def _stage(
         progress("embed", total, total, f"not read, as they are no documents by their endings: {kinds}")
     for problem in staging.problems():
         progress("embed", total, total, f"skipped {problem}")
-
-
-def _publish(
-    staging: Staging,
-    embedding: Embedding,
-    directory: SnapshotDir,
-    fingerprint: Fingerprint,
-    golden: GoldenSet | None,
-    progress: Progress,
-) -> Snapshot:
-    documents, nodes = staging.counts()
-    skipped = staging.problems()
-    if not nodes:
-        raise IngestError(f"no document could be read: {'; '.join(skipped)}")
-    content = staging.content()
-    parent = _sound_current(directory)
-    if parent is not None and parent.manifest.content == content:
-        return parent
-    same = _same_content(directory, content)
-    if same is not None:
-        _gate(golden, same.path, directory.collection, embedding, progress)
-        integrity.note(directory, same)
-        return same
-    with directory.new() as new:
-        progress("write", 0, nodes)
-        written = _updated(staging, directory, parent, new)
-        if written is None:
-            every = _counted(staging.nodes(), nodes, progress)
-            written = write_snapshot_files(every, nodes, fingerprint.dimensions, new)
-        report = _gate(golden, new, directory.collection, embedding, progress)
-        now = timestamp()
-        manifest = Manifest(
-            id=f"{now}-{content[:8]}",
-            collection=directory.collection,
-            fingerprint=fingerprint.digest,
-            built_with=asdict(fingerprint),
-            content=content,
-            created=now,
-            parent=parent.id if parent else None,
-            documents=documents,
-            nodes=nodes,
-            dimensions=fingerprint.dimensions,
-            engine=written.engine,
-            files=written.files,
-            golden=report.model_dump() if report else None,
-            skipped=skipped,
-        )
-        snapshot = directory.publish(new, manifest)
-        integrity.note(directory, snapshot)
-        return snapshot
-
-
-def _updated(staging: Staging, directory: SnapshotDir, parent: Snapshot | None, new: Path) -> Written | None:
-    """The files, made out of the live snapshot's; None where those are damaged or all is better written anew."""
-    if parent is None:
-        return None
-    try:
-        directory.verify(parent.id)
-    except SnapshotError:
-        return None
-    return update_snapshot_files(parent.path, staging, new)
-
-
-def _gate(
-    golden: GoldenSet | None, path: Path, collection: str, embedding: Embedding, progress: Progress
-) -> GoldenReport | None:
-    """What the golden questions found in the snapshot at `path`. Raises IngestError where that is not enough."""
-    if golden is None:
-        progress("check", 0, 0, f"collection {collection} has no golden questions: nothing was asked")
-        return None
-    progress("check", 0, len(golden.questions))
-    report = _ask(golden, path, embedding)
-    progress("check", len(golden.questions), len(golden.questions), report.summary())
-    if not report.passed:
-        raise IngestError(f"the new snapshot was not taken: {report.summary()}")
-    return report
-
-
-def _ask(golden: GoldenSet, path: Path, embedding: Embedding) -> GoldenReport:
-    store = SnapshotVectorStore.open(path)
-
-    async def retrieve(question: str, k: int) -> list[str]:
-        vector = await embedding.aget_query_embedding(question)
-        result = await store.aquery(VectorStoreQuery(query_embedding=vector, similarity_top_k=k))
-        return [str(node.metadata["document"]) for node in result.nodes or []]
-
-    try:
-        return asyncio.run(evaluate(golden, retrieve))
-    finally:
-        store.close()
-
-
-def _sound_current(directory: SnapshotDir) -> Snapshot | None:
-    """The live snapshot; None where it is missing or damaged, which the one to come mends."""
-    try:
-        current = directory.current()
-        if current is not None:
-            current.check()
-        return current
-    except SnapshotError:
-        return None
-
-
-def _same_content(directory: SnapshotDir, content: str) -> Snapshot | None:
-    """The newest snapshot of the same nodes whose every byte is right, as when documents are what they once were."""
-    for snapshot in reversed(directory.list()):
-        if snapshot.manifest.content == content:
-            with contextlib.suppress(SnapshotError):
-                directory.verify(snapshot.id)
-                return snapshot
-    return None
-
-
-def _counted(nodes: Iterator[BaseNode], total: int, progress: Progress) -> Iterator[BaseNode]:
-    for number, node in enumerate(nodes, start=1):
-        yield node
-        if number % 1000 == 0 or number == total:
-            progress("write", number, total)
 
 
 def _node_id(number: int, document: BaseNode) -> str:

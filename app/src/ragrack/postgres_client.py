@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, LiteralString, TypeVar
 import psycopg
 from psycopg import errors
 
-from ragrack.snapshot import SnapshotError
+from ragrack.snapshot import UnavailableError
 
 if TYPE_CHECKING:
     from ragrack.settings import Settings
@@ -69,7 +69,7 @@ GONE = (
 )
 
 
-class DatabaseUnavailableError(SnapshotError):
+class DatabaseUnavailableError(UnavailableError):
     """PostgreSQL did not answer; the message says where it was looked for and what it said, and holds no secret."""
 
 

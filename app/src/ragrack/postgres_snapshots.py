@@ -27,7 +27,7 @@ from ragrack.snapshot import Hold, Manifest, SnapshotError, served, timestamp
 if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
 
-    from ragrack.catalog import Snapshot
+    from ragrack.catalog import Nodes, Snapshot
     from ragrack.postgres_store import PostgresVectorStore
     from ragrack.readonly import Written
 
@@ -307,6 +307,9 @@ class _Draft:
         self._number = number
         self._written: tuple[int, int] = (0, 0)
         self.published = False
+
+    def update(self, parent: Snapshot, nodes: Nodes) -> None:
+        """A graph is built anew in any case, and that is what takes the time."""
 
     def write(self, nodes: Iterable[BaseNode], count: int, dimensions: int) -> Written:
         from ragrack.postgres_store import write_nodes

@@ -6,11 +6,12 @@ question; where it leaves many the graph is walked until it has found enough of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, LiteralString, TypeVar
@@ -45,6 +46,7 @@ BUILD_MEMORY = 1024**3
 """Bytes that building a graph may take of the database server's, at most."""
 PLAIN_DIMENSIONS = 1000
 """Up to so many a vector fits into its row; longer ones PostgreSQL puts aside."""
+BATCH = 1000
 FILTERS_KEPT = 64
 WORDS_KEPT = 4096
 
@@ -111,6 +113,18 @@ class PostgresVectorStore(SnapshotStore):
     def close(self) -> None:
         if self._own is not None:
             self._own.shutdown()
+
+    def embedded_nodes(self) -> Iterator[BaseNode]:
+        last = -1
+        while rows := self._read.run(functools.partial(self._embedded, last), math.inf):
+            for row, vector, *stored in rows:
+                node = _node(*stored)
+                node.embedding = json.loads(vector)
+                yield node
+                last = row
+
+    def _embedded(self, last: int, connection: Connection) -> list[Any]:
+        return self._run(connection, _READ_ON, EVERYTHING, last=last, most=BATCH)
 
     def _threads(self) -> Executor:
         return self._read.threads
@@ -258,6 +272,9 @@ SELECT row, score, -(embedding <#> %(vector)s::halfvec) FROM best JOIN {t} USING
 _READ: LiteralString = (
     "SELECT row, node_id, ref_doc_id, text, metadata, rest FROM {t} WHERE row = ANY (%(rows)s::bigint[])"
 )
+_READ_ON: LiteralString = """
+SELECT row, embedding::text, node_id, ref_doc_id, text, metadata, rest FROM {t}
+WHERE row > %(last)s ORDER BY row LIMIT %(most)s"""
 _READ_ALL: LiteralString = "SELECT row, node_id, ref_doc_id, text, metadata, rest FROM {t} WHERE {allowed} ORDER BY row"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +58,10 @@ class SnapshotStore(BasePydanticVectorStore, ABC):
     @abstractmethod
     def close(self) -> None:
         """Waits for the queries that run, then lets go of what it holds. A closed store answers no more."""
+
+    @abstractmethod
+    def embedded_nodes(self) -> Iterator[BaseNode]:
+        """All nodes, in the order of the snapshot, with their vectors as exact as they are kept."""
 
     @abstractmethod
     def _threads(self) -> Executor:

@@ -37,6 +37,10 @@ class SnapshotError(Exception):
     """A snapshot is missing, damaged, or was built with something else."""
 
 
+class UnavailableError(SnapshotError):
+    """What keeps the snapshots does not answer now; that says nothing about them."""
+
+
 @dataclass(frozen=True)
 class FileEntry:
     sha256: str

@@ -12,7 +12,7 @@ import json
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ HNSW_EF_SEARCH = 96
 ROWS_A_STEP = 64
 """Vectors that are compared in the time that the graph takes for one step of efSearch."""
 SPANS = 4
+BATCH = 1000
 FILTERS_KEPT = 64
 WORDS_KEPT = 4096
 
@@ -153,6 +154,17 @@ class SnapshotVectorStore(SnapshotStore):
         self._selected = self._select
         self._matches = self._count_matches
         self._index = None
+
+    def embedded_nodes(self) -> Iterator[BaseNode]:
+        rows = np.flatnonzero(np.unpackbits(self.everything(), count=self._rows, bitorder="little"))
+        for start in range(0, len(rows), BATCH):
+            yield from self._pool.submit(self._embedded, rows[start : start + BATCH]).result()
+
+    def _embedded(self, rows: Any) -> list[BaseNode]:
+        nodes = self._read(rows.tolist())
+        for node, vector in zip(nodes, self._index.reconstruct_batch(rows), strict=True):
+            node.embedding = vector.tolist()
+        return nodes
 
     def _threads(self) -> Executor:
         return self._pool

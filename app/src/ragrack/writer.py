@@ -14,14 +14,15 @@ import operator
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import faiss as _faiss
 import numpy as np
 from llama_index.core.schema import BaseNode
 
+from ragrack.catalog import Nodes
 from ragrack.readonly import Written
 from ragrack.snapshot import FileEntry, file_sha256
 from ragrack.store import NODES, VECTORS, connect, plain
@@ -67,16 +68,6 @@ CREATE VIRTUAL TABLE node_text USING fts5 (
     text, content = 'node', content_rowid = 'row', tokenize = 'porter unicode61'
 );
 """
-
-
-class Nodes(Protocol):
-    """What a snapshot is to hold, as the staging area has it."""
-
-    def digests(self) -> Iterator[tuple[str, bytes]]:
-        """Id and digest of each node, by id."""
-
-    def some(self, node_ids: Sequence[str]) -> Iterator[BaseNode]:
-        """The nodes with these ids, with their embeddings."""
 
 
 def write_snapshot_files(nodes: Iterable[BaseNode], count: int, dimensions: int, out_dir: Path) -> Written:
