@@ -16,7 +16,6 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, LiteralString, TypeVar
 
-import psycopg
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import (
     MetadataFilters,
@@ -24,11 +23,11 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryMode,
     VectorStoreQueryResult,
 )
-from psycopg import sql
+from psycopg import errors, sql
 from pydantic import PrivateAttr
 
 from ragrack import deadline, hybrid
-from ragrack.postgres_client import Connection, Database, statement
+from ragrack.postgres_client import EF_SEARCH, Connection, Database, statement
 from ragrack.postgres_filters import EVERYTHING, Condition, condition
 from ragrack.postgres_text import decode, encode, filterable
 from ragrack.readonly import SnapshotStore, Written
@@ -42,8 +41,6 @@ EXACT_MOST = 10_000
 """Nodes that a filter may leave for each of them to be compared with."""
 LINKS = 16
 EF_CONSTRUCTION = 80
-BUILD_MEMORY = 1024**3
-"""Bytes that building a graph may take of the database server's, at most."""
 PLAIN_DIMENSIONS = 1000
 """Up to so many a vector fits into its row; longer ones PostgreSQL puts aside."""
 BATCH = 1000
@@ -73,11 +70,17 @@ class PostgresVectorStore(SnapshotStore):
     @classmethod
     def open(cls, database: Database, table: str, count: int, dimensions: int) -> PostgresVectorStore:
         """The nodes of `table`. Raises SnapshotError where they are not there."""
-        store = cls._of(table, count, dimensions, Read(database.read, database.threads))
-        try:
-            database.read(lambda connection: connection.execute(statement("SELECT FROM {t} LIMIT 1", t=table)))
-        except psycopg.Error as error:
-            raise SnapshotError(f"table {table} of the {database.target} cannot be read: {error}") from error
+
+        def run(work: Callable[[Connection], Any], until: float) -> Any:
+            try:
+                return database.read(work, until)
+            except errors.UndefinedTable as error:
+                raise SnapshotError(
+                    f"table {table} of the {database.target} is gone, and its snapshot with it"
+                ) from error
+
+        store = cls._of(table, count, dimensions, Read(run, database.threads))
+        run(lambda connection: connection.execute(statement("SELECT FROM {t} LIMIT 1", t=table)), math.inf)
         return store
 
     @classmethod
@@ -186,9 +189,11 @@ class PostgresVectorStore(SnapshotStore):
         if k <= 0:
             return []
         if self._count >= GRAPH_FROM and (allowed is EVERYTHING or left > EXACT_MOST):
-            found = self._run(connection, _GRAPH, allowed, vector=vector, k=k)
-            if len(found) == k:
-                return sorted(found, key=lambda one: (-one[1], one[0]))
+            # Where the walk must go on for what is allowed, the nodes that it comes by first are not yet the nearest.
+            most = k if allowed is EVERYTHING else max(2 * k, EF_SEARCH)
+            found = self._run(connection, _GRAPH, allowed, vector=vector, k=most)
+            if len(found) >= k:
+                return sorted(found, key=lambda one: (-one[1], one[0]))[:k]
         return self._run(connection, _EXACT, allowed, vector=vector, k=k)
 
     def _count_left(self, connection: Connection, allowed: Condition) -> int:
@@ -313,9 +318,6 @@ def write_nodes(connection: Connection, table: str, nodes: Iterable[BaseNode], c
     if written != count:
         raise ValueError(f"{count} nodes were promised, {written} came")
     graph = count >= GRAPH_FROM
-    # A graph that does not fit is built many times as slowly; its memory is the server's, so no more than it needs.
-    needed = min(BUILD_MEMORY, max(64 * 1024**2, count * (2 * dimensions + 40 * LINKS) * 5 // 4))
-    connection.execute("SELECT set_config('maintenance_work_mem', %s, true)", [f"{needed // 1024}kB"])
     for index in (*_INDEXES, *([_GRAPH_INDEX] if graph else [])):
         connection.execute(sql.SQL(index).format(t=t, links=sql.Literal(LINKS), effort=sql.Literal(EF_CONSTRUCTION)))
     connection.execute(sql.SQL("ANALYZE {t}").format(t=t))

@@ -43,6 +43,7 @@ from ragrack.pages import UNITS
 from ragrack.parts import Embedding, open_embedding, tokenizer
 from ragrack.sentences import split_sentences
 from ragrack.settings import Settings
+from ragrack.snapshot import SnapshotError
 from ragrack.tenants import within
 from ragrack.upstream import retry_after
 
@@ -259,6 +260,9 @@ class QueryService:
                 for postprocessor in hooks.load(self._settings.hooks).node_postprocessors:
                     nodes = await postprocessor.apostprocess_nodes(nodes, bundle)
         except IndexUnavailableError as error:
+            raise NotReadyError from error
+        except SnapshotError as error:
+            log.error("the index of %s does not answer: %s", question.collection, error)
             raise NotReadyError from error
         clock.lap("retrieve")
         return bundle, nodes

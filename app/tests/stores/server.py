@@ -158,23 +158,38 @@ class Server:
         return _run(*self._enter(f"{BIN}/{program}", *arguments), environment=environment)
 
     def _enter(self, *command: str) -> list[str]:
-        apart = ["setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child=KILL"]
+        # Not root's home, where libpq would look for certificates that the server's user cannot read.
+        apart = [
+            "env",
+            "HOME=/",
+            "setpriv",
+            "--pdeathsig=KILL",
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child=KILL",
+        ]
         return [*apart, "sh", "-c", ENTER, "sh", str(self.root), str(self.directory), str(self.root), *command]
 
     def _own(self, like: Server | None = None) -> None:
         self.directory.mkdir(mode=0o755)
         if like is None:
-            _run(
-                *["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"],
-                *["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"],
-                *["-keyout", str(self.directory / "server.key"), "-out", str(self.ca)],
-            )
+            self.certify()
         else:
             for name in ("server.key", "server.crt"):
                 shutil.copy(like.directory / name, self.directory / name)
         numbers = _run("chroot", str(self.root), "sh", "-c", "id -u postgres; id -g postgres").split()
         for path in (self.directory, *self.directory.iterdir()):
             os.chown(path, int(numbers[0]), int(numbers[1]))
+
+    def certify(self) -> None:
+        """Its own certificate, which is its own CA."""
+        _run(
+            *["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"],
+            *["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"],
+            *["-keyout", str(self.directory / "server.key"), "-out", str(self.ca)],
+        )
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
@@ -196,7 +211,7 @@ def _free_port() -> int:
 
 
 def _run(*command: str, environment: dict[str, str] | None = None) -> str:
-    variables = {**os.environ, "LC_ALL": "C.UTF-8", "HOME": "/", **(environment or {})}
+    variables = {**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
