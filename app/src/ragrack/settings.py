@@ -500,7 +500,7 @@ def variable(field: str) -> str:
 def load(environ: Mapping[str, str] = os.environ, *, on_host: bool = True) -> Settings:
     """The settings in `environ`; raises SettingsError with all problems at once.
 
-    on_host: also read the secrets of $CREDENTIALS_DIRECTORY and check that what the paths name is there.
+    Secrets are those of $CREDENTIALS_DIRECTORY. on_host: also check that what the paths name is there.
     """
     settings, problems = examine(environ, on_host=on_host)
     if settings is None or problems:
@@ -513,15 +513,14 @@ def examine(
 ) -> tuple[Settings | None, list[Problem]]:
     """As `load`, but returns the problems; the settings are None where a field of theirs has one.
 
-    credentials: a directory of a release's credentials, read whatever `on_host` is.
+    credentials: a directory of a release's credentials, for who is not started by systemd.
     """
     fields = Settings.model_fields
     problems = list(_unknown(environ))
     values: dict[str, Any] = {
         name: environ[variable(name)] for name in fields if name not in SECRETS and environ.get(variable(name))
     }
-    if on_host:
-        values |= _secrets(environ)
+    values |= _secrets(environ)
     if credentials is not None:
         values |= _read_secrets({field: credentials / field for field in SECRETS})
     bad: set[str] = set()
