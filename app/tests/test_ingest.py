@@ -78,7 +78,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """No two snapshots within a second, as an id tells them apart by that."""
     seconds = itertools.count()
-    monkeypatch.setattr("ragrack.ingest.timestamp", lambda: f"20261124T00{next(seconds):04}Z")
+    monkeypatch.setattr("ragrack.publish.timestamp", lambda: f"20261124T00{next(seconds):04}Z")
 
 
 def test_documents_become_a_verified_live_snapshot(settings: Settings) -> None:

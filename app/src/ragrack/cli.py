@@ -19,6 +19,7 @@ from ragrack import index_cli
 from ragrack.command import RefusedError, act_as_owner, collections_of, print_json, snapshots_of
 from ragrack.index_cli import figures
 from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
+from ragrack.snapshot import SnapshotError
 
 if TYPE_CHECKING:
     from ragrack.golden import GoldenSet
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
-    except (SettingsError, RefusedError) as error:
+    except (SettingsError, RefusedError, SnapshotError) as error:
         print(error, file=sys.stderr)
         return 1
     return status
