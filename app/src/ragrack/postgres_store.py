@@ -230,7 +230,9 @@ class PostgresVectorStore(SnapshotStore):
         counts = {word: self._words[where, word] for word in words if (where, word) in self._words}
         new = [word for word in words if word not in counts]
         if new:
-            for word, count in self._run(connection, _WORDS, allowed, words=new, most=hybrid.most_matches(self._count) + 1):
+            for word, count in self._run(
+                connection, _WORDS, allowed, words=new, most=hybrid.most_matches(self._count) + 1
+            ):
                 counts[word] = count
                 _keep(self._words, (where, word), count, WORDS_KEPT)
         return counts
