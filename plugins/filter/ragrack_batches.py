@@ -45,7 +45,7 @@ MEND = "give numbers of hosts above 0, or shares as '25%', for instance [1, '25%
 def ragrack_batches(hosts: Sequence[str], sizes: Sequence[int | str]) -> list[list[str]]:
     """Raises AnsibleFilterError for a size that is none."""
     if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
-        raise AnsibleFilterError(f"deploy_batches: {sizes!r} is no list of sizes; {MEND}")
+        raise AnsibleFilterError(f"release_batches: {sizes!r} is no list of sizes; {MEND}")
     numbers = [_number(size, len(hosts)) for size in sizes]
     batches, left = [], list(hosts)
     for number in chain(numbers, repeat(numbers[-1])):
@@ -60,7 +60,7 @@ def _number(size: int | str, hosts: int) -> int:
     text = str(size).strip()
     found = re.fullmatch(r"([0-9]+)(%?)", text)
     if found is None or int(found[1]) == 0 or (found[2] and int(found[1]) > 100):
-        raise AnsibleFilterError(f"deploy_batches: {size!r} is no size; {MEND}")
+        raise AnsibleFilterError(f"release_batches: {size!r} is no size; {MEND}")
     return max(1, hosts * int(found[1]) // 100) if found[2] else int(found[1])
 
 

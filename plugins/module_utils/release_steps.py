@@ -286,7 +286,7 @@ def confirmed(host: Host, release: str) -> Outcome:
         if current != release:
             raise StateError(
                 f"this host serves {current}, not {release}: it went back by itself, as no confirmation came in time; "
-                "its history says when. Give more time with -e deploy_confirm_timeout=SECONDS"
+                "its history says when. Give more time with -e release_confirm_timeout=SECONDS"
             )
         Trials(host.releases).end()
     return Outcome()

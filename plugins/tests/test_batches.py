@@ -29,5 +29,5 @@ def test_every_host_is_in_one_batch(hosts: int, sizes: list[Any], numbers: list[
 
 @pytest.mark.parametrize("sizes", [[], "25%", [0], ["0%"], ["101%"], [-1], ["all"], [1.5], None])
 def test_a_size_that_is_none_is_refused_in_words(sizes: Any) -> None:
-    with pytest.raises(AnsibleFilterError, match=r"deploy_batches: .*\[1, '25%', '100%'\]"):
+    with pytest.raises(AnsibleFilterError, match=r"release_batches: .*\[1, '25%', '100%'\]"):
         ragrack_batches(HOSTS, sizes)

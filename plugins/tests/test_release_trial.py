@@ -53,7 +53,7 @@ def test_unconfirmed_it_goes_back(place: Place, trials: Trials) -> None:
     assert (went["how"], went["from"], went["to"], went["who"]) == ("rollback", B, A, "this host")
     assert audit["result"] == "went back by itself"
     assert B in audit["what"]
-    with pytest.raises(StateError, match=f"serves {A}, not {B}: it went back by itself.*deploy_confirm_timeout"):
+    with pytest.raises(StateError, match=f"serves {A}, not {B}: it went back by itself.*release_confirm_timeout"):
         do(place, "confirmed", B)
 
 
