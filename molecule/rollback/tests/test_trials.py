@@ -16,7 +16,7 @@ from load import Load
 
 HOSTS = fleet.hosts()
 CANARY = HOSTS[0]
-SECONDS = 120
+SECONDS = 600
 
 
 @contextlib.contextmanager
