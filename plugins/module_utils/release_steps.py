@@ -23,8 +23,10 @@ from .release_service import (
 )
 from .release_stage import Stager, unused_cache
 from .release_state import Releases, StateError, exclusively
+from .release_trial import Trials
 
 RUNNING = "active,activating,reloading,deactivating"
+TRIAL = "ragrack-trial.service"
 WARM = "waiting"  # a timer that is yet to fire; one that has fired may stay active as `elapsed`
 
 
@@ -227,11 +229,20 @@ def gated(host: Host, release: str, collections: Sequence[str], timeout: float, 
     return Outcome(facts={"golden": reports})
 
 
-def live(host: Host, release: str, how: str) -> Outcome:
-    """Point `current` at the release, which must have passed its gate since it was started."""
-    current = host.releases.current()
+def live(host: Host, release: str, how: str, confirm_within: float = 0) -> Outcome:
+    """Point `current` at the release, which must have passed its gate since it was started.
+
+    With `confirm_within` seconds the host goes back by itself unless `confirmed` comes in time; where there is nothing
+    to go back to, as in a first deploy, it stays. Again for the release that is on trial, the time counts anew.
+    """
+    current, trials = host.releases.current(), Trials(host.releases)
     predicted = {"current": release}
     if current == release:
+        trial = trials.at_hand()
+        if trial is not None and trial.release == release and confirm_within and not host.check:
+            with exclusively(host.releases.dir):
+                if host.releases.current() == release:
+                    trials.begin(release, trial.back_to, host.run, confirm_within)
         return Outcome(facts={"flip_ms": 0.0}, predicted=predicted)
     if host.check and release not in host.releases.all():
         return Outcome(True, {"flip_ms": 0.0}, predicted)
@@ -253,8 +264,32 @@ def live(host: Host, release: str, how: str) -> Outcome:
             serving = host.systemd.show(host.unit(current))
             if serving.active == "active":  # it serves, in whichever life: the way back to it must stay open
                 host.releases.remember_gate(current, serving.invocation)
+        # The watch is there before what it watches: whoever dies between the two leaves a host that knows the way back.
+        trials.end()
+        if confirm_within and current is not None:
+            trials.begin(release, current, host.run, confirm_within)
+            failed = host.systemd.start(TRIAL, timeout=10)
+            if failed is not None:
+                trials.end()
+                raise StateError(f"{failed}: without it this host could not go back by itself; nothing was changed")
         took = host.releases.flip(release, how=how, who=host.who, what=host.what, run=host.run)
     return Outcome(True, {"flip_ms": round(took, 2)}, predicted)
+
+
+def confirmed(host: Host, release: str) -> Outcome:
+    """End the trial of the release that went live. Raises StateError where the host has gone back meanwhile."""
+    if host.check:
+        return Outcome()
+    with exclusively(host.releases.dir):
+        host.check_ours()
+        current = host.releases.current()
+        if current != release:
+            raise StateError(
+                f"this host serves {current}, not {release}: it went back by itself, as no confirmation came in time; "
+                "its history says when. Give more time with -e release_confirm_timeout=SECONDS"
+            )
+        Trials(host.releases).end()
+    return Outcome()
 
 
 def drained(host: Host, keep_warm: float, settle: float, timeout: float) -> Outcome:

@@ -23,6 +23,7 @@ options:
       - V(started) starts C(ragrack@ID.service) and waits until C(/readyz) on its own socket answers 200.
       - V(gated) asks the golden questions through the release's own API.
       - V(live) points C(current) at a release that passed its gate since it was started.
+      - V(confirmed) keeps the host on it, see O(confirm_within). It reports no change.
       - V(drained) stops every other running release, or starts the timer that does so later.
       - V(pruned) removes releases that nothing needs. The live one, the rollback target and what runs always stay.
       - V(bad) marks a release, which is then never a rollback target until it goes live again.
@@ -30,7 +31,7 @@ options:
       - A release that fails V(started) or V(gated) is stopped and marked bad, unless it is the one that is live.
     type: str
     required: true
-    choices: [query, staged, indexed, started, gated, live, drained, pruned, bad, audit]
+    choices: [query, staged, indexed, started, gated, live, confirmed, drained, pruned, bad, audit]
   id:
     description: The release, as C(0.1.0-0123456789ab).
     type: str
@@ -115,6 +116,13 @@ options:
     type: str
     choices: [deploy, rollback]
     default: deploy
+  confirm_within:
+    description:
+      - With O(state=live), the host goes back to what it ran unless V(confirmed) comes within so many seconds, whatever
+        becomes of the control node. 0 waits for nothing.
+      - Again for the release that is live, the time counts from then.
+    type: float
+    default: 0
   keep_warm:
     description:
       - With O(state=drained), 0 stops what was live before at once.
@@ -298,14 +306,26 @@ else:
     from ansible.module_utils.release_state import ID, Releases, StateError
 
 TIMEOUTS = {"started": 60.0, "gated": 120.0, "indexed": 3600.0, "drained": 30.0}
-NEEDS_ID = ("staged", "indexed", "started", "gated", "live", "bad")
+NEEDS_ID = ("staged", "indexed", "started", "gated", "live", "confirmed", "bad")
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "state": {
         "type": "str",
         "required": True,
         "choices": [
-            *("query", "staged", "indexed", "started", "gated", "live", "drained", "pruned", "bad", "audit"),
+            *(
+                "query",
+                "staged",
+                "indexed",
+                "started",
+                "gated",
+                "live",
+                "confirmed",
+                "drained",
+                "pruned",
+                "bad",
+                "audit",
+            ),
         ],
     },
     "id": {"type": "str"},
@@ -329,6 +349,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "index_dir": {"type": "path", "default": "/var/lib/ragrack/indexes"},
     "timeout": {"type": "float"},
     "how": {"type": "str", "choices": ["deploy", "rollback"], "default": "deploy"},
+    "confirm_within": {"type": "float", "default": 0},
     "keep_warm": {"type": "float", "default": 600},
     "settle": {"type": "float", "default": 1.5},
     "keep": {"type": "int", "default": 5},
@@ -345,7 +366,8 @@ def check_numbers(params: dict[str, Any]) -> None:
     wrong = [
         f"{name}: {params[name]} is below {least}"
         for name, least in (
-            *(("history_lines", 0), ("min_free_mb", 0), ("timeout", 0), ("keep_warm", 0), ("settle", 0), ("keep", 1)),
+            *(("history_lines", 0), ("min_free_mb", 0), ("timeout", 0), ("confirm_within", 0), ("keep_warm", 0)),
+            *(("settle", 0), ("keep", 1)),
         )
         if params[name] is not None and params[name] < least
     ]
@@ -419,7 +441,9 @@ def step(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
         case "gated":
             return steps.gated(host, release, collections, timeout, params["how"])
         case "live":
-            return steps.live(host, release, params["how"])
+            return steps.live(host, release, params["how"], params["confirm_within"])
+        case "confirmed":
+            return steps.confirmed(host, release)
         case "drained":
             return steps.drained(host, params["keep_warm"], params["settle"], timeout)
         case "pruned":

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from module_utils import release_steps as steps
 from module_utils.release_service import Systemd, Unit
 from module_utils.release_state import Releases, StateError
+from module_utils.release_trial import Trials
 
 NAMES = [f"1-{letter * 12}" for letter in "abcdef"]
 
@@ -114,13 +115,13 @@ class ReleaseMachine(RuleBasedStateMachine):
             aside.rename(self.releases.path(name))
             self.staged.add(name)
 
-    def go(self, how: str, name: str, die: str) -> None:
+    def go(self, how: str, name: str, die: str, confirm_within: float = 0) -> None:
         """Start, gate (the answers are always right here) and switch, as a play does."""
         steps.started(self.host, name, timeout=1)
         self.releases.remember_gate(name, self.units.show(self.host.unit(name)).invocation)
         self.releases.die = die
         try:
-            changed = steps.live(self.host, name, how).changed
+            changed = steps.live(self.host, name, how, confirm_within).changed
         except PowerError:
             changed = die == "after the link"
         finally:
@@ -171,6 +172,22 @@ class ReleaseMachine(RuleBasedStateMachine):
         found = steps.query(self.host, "previous", 0).facts["target"]
         assert found == self.target
         self.go("rollback", found, die)
+
+    @rule(name=st.sampled_from(NAMES), die=st.sampled_from(["", "", "before the link", "after the link"]))
+    def deploy_on_trial(self, name: str, die: str) -> None:
+        """The play is confirmed, or it dies: then nobody comes to confirm, and the host goes back by itself."""
+        self.stage(name)
+        before = self.stack[-1]
+        self.go("deploy", name, die, confirm_within=60)
+        if not die:
+            steps.confirmed(self.host, self.stack[-1])
+        switched = self.stack[-1] != before
+        went = Trials(self.releases).go_back(lambda unit: None)
+        assert went == (before if die and switched else None)
+        if went is not None:
+            self.went_live("rollback", went)
+            self.bad.discard(went)
+        assert Trials(self.releases).at_hand() is None
 
     @rule(name=st.sampled_from(NAMES), die=st.sampled_from(["", "", "before the link", "after the link"]))
     def roll_back_to(self, name: str, die: str) -> None:

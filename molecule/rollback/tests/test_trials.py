@@ -1,0 +1,92 @@
+"""The control node dies after it has switched a host: the host goes back by itself, and the next run finds it well."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import fleet
+from load import Load
+
+HOSTS = fleet.hosts()
+CANARY = HOSTS[0]
+SECONDS = 600
+
+
+@contextlib.contextmanager
+def deploy(**variables: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that dies when the block ends, with all that it started on the control node."""
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(
+            fleet.command("deploy", variables=variables),
+            cwd=fleet.ROOT,
+            env=fleet.environment(),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def until(what: str, condition: Any) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come to pass in {SECONDS} s"
+        time.sleep(0.2)
+
+
+def serving() -> str:
+    [release] = {host.release for host in HOSTS}
+    return release
+
+
+def went_back() -> dict[str, Any]:
+    """What the canary wrote down last."""
+    return CANARY.history()[-1]
+
+
+def test_it_goes_back_when_time_is_up() -> None:
+    before = serving()
+    asked = [entry["question"] for entry in fleet.questions()]
+    with Load([host.url for host in HOSTS], key=fleet.api_key(), ca=fleet.CA, questions=asked, clients=2) as load:
+        with deploy(app_top_k=8, release_confirm_timeout=6):
+            until("the switch of the canary", lambda: CANARY.release != before)
+        until("the way back", lambda: {host.release for host in HOSTS} == {before})
+    assert load.count.failures == []
+    assert went_back()["result"] == "went back by itself"
+    assert "nobody confirmed release" in went_back()["what"]
+
+
+def test_it_goes_back_at_boot() -> None:
+    before = serving()
+    with deploy(app_top_k=8, release_confirm_timeout=3600):
+        until("the switch of the canary", lambda: CANARY.release != before)
+    fleet.machine("stop", CANARY.name)
+    fleet.machine("start", CANARY.name)
+    until("its start", lambda: CANARY.running() == [before])
+    assert CANARY.release == before
+    assert went_back()["result"] == "went back by itself"
+    CANARY.ask(fleet.questions()[0]["question"])
+
+
+def test_the_next_run_takes_over_and_stays() -> None:
+    before = serving()
+    played = fleet.play("deploy", variables={"app_top_k": 8})
+    assert played.status == 0, played.output
+    assert serving() != before
+    for host in HOSTS:
+        host.run("! test -e /opt/ragrack/trial.json")
+        assert host.run("systemctl is-active ragrack-trial.service || true") == "inactive"
+    assert fleet.play("rollback").status == 0
+    assert serving() == before
