@@ -350,3 +350,60 @@ def test_the_documented_table_is_that_of_the_model() -> None:
 def test_checking_settings_does_not_import_llamaindex() -> None:
     code = "import sys, ragrack.cli; sys.exit('llama_index' in ' '.join(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+POSTGRES = {"vector_store": "postgres", "postgres_hosts": "db1,db2:6432", "postgres_sslrootcert": "/etc/ragrack/ca.pem"}
+
+
+def test_postgres_is_found_by_its_hosts() -> None:
+    assert problems(**POSTGRES) == {}
+    assert problems(vector_store="postgres", postgres_hosts="/run/postgresql") == {}
+    environ = GOOD | {f"RAGRACK_{name.upper()}": value for name, value in POSTGRES.items()}
+    assert load(environ, on_host=False).postgres_hosts == ("db1", "db2:6432")
+
+
+def test_where_the_nodes_are_makes_no_other_index(model_dir: Path) -> None:
+    environ = GOOD | {f"RAGRACK_{name.upper()}": value for name, value in POSTGRES.items()}
+    there, here = load(environ, on_host=False), load(GOOD, on_host=False)
+    assert Fingerprint.of(there, model_dir) == Fingerprint.of(here, model_dir)
+
+
+@pytest.mark.parametrize(
+    ("more", "variable", "problem"),
+    [
+        ({"postgres_hosts": ""}, "RAGRACK_POSTGRES_HOSTS", "is not set, but RAGRACK_VECTOR_STORE=postgres needs it"),
+        ({"postgres_hosts": "db1,/run/postgresql"}, "RAGRACK_POSTGRES_HOSTS", "the directory of a socket"),
+        ({"postgres_hosts": "db1 dbname=other"}, "RAGRACK_POSTGRES_HOSTS", "pattern"),
+        ({"postgres_hosts": "user:secret@db1"}, "RAGRACK_POSTGRES_HOSTS", "pattern"),
+        ({"postgres_sslrootcert": ""}, "RAGRACK_POSTGRES_SSLROOTCERT", "could stand in for them"),
+        ({"postgres_sslrootcert": "ca.pem"}, "RAGRACK_POSTGRES_SSLROOTCERT", "not an absolute path"),
+        (
+            {
+                "embed_provider": "openai_like",
+                "embed_base_url": "http://127.0.0.1:1/v1",
+                "embed_model": "m",
+                "embed_dimensions": "4096",
+            },
+            "RAGRACK_EMBED_DIMENSIONS",
+            "pgvector's index takes vectors of 4000 dimensions",
+        ),
+    ],
+)
+def test_what_postgres_needs_is_told(more: dict[str, str], variable: str, problem: str) -> None:
+    found = problems(**POSTGRES | more)
+    assert list(found) == [variable]
+    assert problem in found[variable].problem
+
+
+def test_postgres_over_the_network_needs_a_password_and_a_readable_ca(host: dict[str, str], tmp_path: Path) -> None:
+    environ = host | {f"RAGRACK_{name.upper()}": value for name, value in POSTGRES.items()}
+    found = {problem.variable: problem for problem in examine(environ, on_host=True)[1]}
+    assert set(found) == {"RAGRACK_POSTGRES_PASSWORD", "RAGRACK_POSTGRES_SSLROOTCERT"}
+    assert "credentials_postgres_password" in found["RAGRACK_POSTGRES_PASSWORD"].mend
+    (tmp_path / "credentials_postgres_password").write_text("secret\n")
+    (tmp_path / "ca.pem").write_text("")
+    mended = {"CREDENTIALS_DIRECTORY": str(tmp_path), "RAGRACK_POSTGRES_SSLROOTCERT": str(tmp_path / "ca.pem")}
+    settings, left = examine(environ | mended, on_host=True)
+    assert left == []
+    assert settings is not None
+    assert "secret" not in repr(settings)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ragrack import pull
 from ragrack.catalog import Snapshot, Snapshots
 from ragrack.readonly import SnapshotStore
-from ragrack.snapshot import SnapshotDir, SnapshotError
+from ragrack.snapshot import SnapshotDir, SnapshotError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class IndexHandle:
         self._polling = threading.Lock()
         self._open: OpenSnapshot | None = None
         self._problem: str | None = None
+        self._unavailable = False
         self._pull_problem: str | None = None
         self._checked: tuple[object, str | None] | None = None
         self._closed = False
@@ -76,6 +77,11 @@ class IndexHandle:
     def problem(self) -> str | None:
         """Why what `current` points at is not what answers; None when all is well."""
         return self._problem
+
+    @property
+    def unavailable(self) -> bool:
+        """Whether what keeps the snapshots does not answer, so that the one that is open does not either."""
+        return self._unavailable
 
     @property
     def pull_problem(self) -> str | None:
@@ -110,12 +116,14 @@ class IndexHandle:
                 fresh = self._newer()
             except (SnapshotError, OSError) as error:
                 self._problem = str(error)
+                self._unavailable = isinstance(error, UnavailableError)
                 return False
             except Exception as error:
                 log.exception("the index of %s cannot be followed", self._snapshots.collection)
                 self._problem = f"failed with {type(error).__name__}"
                 return False
             self._problem = None
+            self._unavailable = False
             if fresh is None:
                 return False
             self._swap(fresh)

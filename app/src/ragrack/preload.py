@@ -29,6 +29,9 @@ def import_all(settings: Settings) -> None:
     }
     for provider in named:
         importlib.import_module(PROVIDERS[provider])
+    if settings.vector_store == "postgres":
+        importlib.import_module("ragrack.postgres_snapshots")
+        importlib.import_module("ragrack.postgres_store")
     if settings.embed_provider != "minilm":
         importlib.import_module("llama_index.embeddings.openai_like")
     gc.collect()

@@ -416,7 +416,8 @@ class _IndexProbe:
         if self.handle is None:
             return "it cannot be looked for without the embedding model"
         # A snapshot that answers is enough, even while a newer one that `current` points at cannot be opened.
-        return None if self.handle.snapshot_id is not None else self.handle.problem
+        answers = self.handle.snapshot_id is not None and not self.handle.unavailable
+        return None if answers else self.handle.problem
 
 
 @dataclass(frozen=True)

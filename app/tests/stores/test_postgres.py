@@ -383,7 +383,10 @@ def test_with_no_server_left_it_says_so_and_comes_back(pair: tuple[Server, Serve
         found(opened.store, None)
     assert not handle.poll()
     assert "cannot be used" in (handle.problem or "")
+    assert handle.unavailable
     primary.start()
+    handle.poll()
+    assert not handle.unavailable
     with handle.use() as opened:
         assert len(found(opened.store, None)) == len(NODES)
     handle.close()
