@@ -8,7 +8,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import fleet
@@ -19,9 +18,9 @@ CANARY = HOSTS[0]
 SECONDS = 600
 
 
-@contextlib.contextmanager
-def deploy(**variables: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A run that dies when the block ends, with all that it started on the control node."""
+def killed_after_the_first_switch(**variables: Any) -> None:
+    """A deploy that dies as soon as it has switched the canary, with all that it started on the control node."""
+    before = CANARY.release
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(
             fleet.command("deploy", variables=variables),
@@ -32,7 +31,11 @@ def deploy(**variables: Any) -> Iterator[subprocess.Popen[bytes]]:
             start_new_session=True,
         )
         try:
-            yield process
+            while CANARY.release == before:
+                if process.poll() is not None:
+                    out.seek(0)
+                    raise AssertionError(f"it ended before it switched a host:\n{out.read().decode()}")
+                time.sleep(0.2)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -60,8 +63,7 @@ def test_it_goes_back_when_time_is_up() -> None:
     before = serving()
     asked = [entry["question"] for entry in fleet.questions()]
     with Load([host.url for host in HOSTS], key=fleet.api_key(), ca=fleet.CA, questions=asked, clients=2) as load:
-        with deploy(app_top_k=8, release_confirm_timeout=6):
-            until("the switch of the canary", lambda: CANARY.release != before)
+        killed_after_the_first_switch(app_top_k=2, release_confirm_timeout=6)
         until("the way back", lambda: {host.release for host in HOSTS} == {before})
     assert load.count.failures == []
     assert went_back()["result"] == "went back by itself"
@@ -70,8 +72,7 @@ def test_it_goes_back_when_time_is_up() -> None:
 
 def test_it_goes_back_at_boot() -> None:
     before = serving()
-    with deploy(app_top_k=8, release_confirm_timeout=3600):
-        until("the switch of the canary", lambda: CANARY.release != before)
+    killed_after_the_first_switch(app_top_k=2, release_confirm_timeout=3600)
     fleet.machine("stop", CANARY.name)
     fleet.machine("start", CANARY.name)
     until("its start", lambda: CANARY.running() == [before])
@@ -82,7 +83,7 @@ def test_it_goes_back_at_boot() -> None:
 
 def test_the_next_run_takes_over_and_stays() -> None:
     before = serving()
-    played = fleet.play("deploy", variables={"app_top_k": 8})
+    played = fleet.play("deploy", variables={"app_top_k": 2})
     assert played.status == 0, played.output
     assert serving() != before
     for host in HOSTS:
