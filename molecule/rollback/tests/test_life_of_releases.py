@@ -5,8 +5,12 @@ The tests tell one story and run in this order. Clients ask through TLS from the
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,23 @@ def serving() -> str:
     return release
 
 
+@contextlib.contextmanager
+def told() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The URL of a webhook, and what it is sent."""
+    messages: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", messages
+        server.shutdown()
+
+
 def checkout_with(tmp_path: Path, file: str, text: str) -> Path:
     """A copy of the project in which the app's `file` ends with `text`."""
     project = tmp_path / "checkout"
@@ -51,10 +72,23 @@ def checkout_with(tmp_path: Path, file: str, text: str) -> Path:
     return project
 
 
-def test_deploy_a() -> None:
-    played = deploy(app_top_k=4)
+def test_deploy_a_with_task_files_of_the_site(tmp_path: Path) -> None:
+    hook = tmp_path / "hook.yml"
+    hook.write_text(
+        "- name: Leave a mark\n  ansible.builtin.command: {argv: [touch, '/run/hook-{{ release_stage }}']}\n"
+    )
+    played = deploy(app_top_k=4, release_hooks={"before_gate": [str(hook)], "after_audit": [str(hook)]})
     assert played.status == 0, played.output
     STORY["A"] = serving()
+    for host in HOSTS:
+        assert host.run("ls /run/hook-*").split() == ["/run/hook-audit", "/run/hook-gate"]
+
+
+def test_a_hook_at_no_point_of_a_deploy_is_refused() -> None:
+    played = deploy(app_top_k=5, release_hooks={"before_lunch": ["hooks/webhook.yml"]})
+    assert played.status != 0
+    assert "before_lunch is no point of a deploy" in played.output
+    assert serving() == STORY["A"]
 
 
 def test_deploying_the_same_again_changes_nothing() -> None:
@@ -91,9 +125,14 @@ def test_roll_back_again_goes_further_back_never_forward() -> None:
 
 def test_a_release_that_crashes_never_serves(tmp_path: Path) -> None:
     project = checkout_with(tmp_path, "api.py", '\nraise RuntimeError("broken at import")\n')
-    played = deploy(app_top_k=7, release_project_dir=str(project))
+    with told() as (url, messages):
+        hooks = {"on_failure": ["hooks/webhook.yml"]}
+        played = deploy(app_top_k=7, release_project_dir=str(project), release_hooks=hooks, release_webhook_url=url)
     assert played.status != 0
     assert "broken at import" in played.output, "the failed release's own last words are shown"
+    [message] = messages
+    assert (message["verb"], message["result"]) == ("deploy", "failed")
+    assert "did not start" in message["text"]
     assert serving() == STORY["first"]
     for host in HOSTS:
         [mark] = happened(host, "bad")
