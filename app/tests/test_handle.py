@@ -17,9 +17,11 @@ from ragrack import integrity
 from ragrack.embedded import EmbeddedSnapshots
 from ragrack.handle import IndexHandle, IndexUnavailableError
 from ragrack.readonly import SnapshotStore
-from ragrack.snapshot import Manifest, Snapshot
+from ragrack.snapshot import Snapshot
 from ragrack.store import SnapshotVectorStore
 from ragrack.writer import write_snapshot_files
+
+from .manifests import manifest
 
 VECTOR = [1.0, 0.0, 0.0]
 
@@ -34,22 +36,8 @@ def publish(directory: EmbeddedSnapshots, number: int) -> Snapshot:
     with directory.new() as new:
         nodes = [TextNode(id_=f"{number}-{i}", text=str(number), embedding=VECTOR) for i in range(3)]
         written = write_snapshot_files(nodes, 3, 3, new)
-        manifest = Manifest(
-            id=f"20261124T0000{number:02}Z-{number:08x}",
-            collection=directory.collection,
-            fingerprint=directory.fingerprint,
-            built_with={},
-            content=str(number),
-            created="20261124T000000Z",
-            parent=None,
-            documents=1,
-            nodes=3,
-            dimensions=3,
-            engine=written.engine,
-            files=written.files,
-            golden=None,
-        )
-        snapshot = directory.publish(new, manifest)
+        about = manifest(directory, number, written.files, nodes=3, engine=written.engine)
+        snapshot = directory.publish(new, about)
         integrity.note(directory, snapshot)
         return snapshot
 

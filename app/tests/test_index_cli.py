@@ -17,7 +17,9 @@ from ragrack.cli import main
 from ragrack.embedded import EmbeddedSnapshots
 from ragrack.fingerprint import Fingerprint
 from ragrack.settings import Settings
-from ragrack.snapshot import FileEntry, Manifest, SnapshotDir, file_sha256
+from ragrack.snapshot import SnapshotDir
+
+from .manifests import entries, manifest
 
 NOBODY = 65534
 
@@ -28,24 +30,9 @@ def publish(directory: SnapshotDir, *numbers: int) -> Sequence[str]:
     for number in numbers:
         with directory.new() as new:
             (new / "file").write_text(str(number))
-            manifest = Manifest(
-                id=f"20261124T0000{number:02}Z-{number:08x}",
-                collection=directory.collection,
-                fingerprint=directory.fingerprint,
-                built_with={},
-                content=str(number),
-                created="20261124T000000Z",
-                parent=None,
-                documents=1,
-                nodes=1,
-                dimensions=3,
-                engine="flat",
-                files={"file": FileEntry(file_sha256(new / "file"), len(str(number)))},
-                golden=None,
-            )
-            directory.publish(new, manifest)
-        directory.offer(manifest.id, "ingest")
-        ids.append(manifest.id)
+            snapshot = directory.publish(new, manifest(directory, number, entries(new, ["file"])))
+        directory.offer(snapshot.id, "ingest")
+        ids.append(snapshot.id)
     return ids
 
 

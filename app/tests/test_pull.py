@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,9 @@ from ragrack.fingerprint import Fingerprint
 from ragrack.lock import building
 from ragrack.pull import DamagedError, NotNowError, PullError, last, pull
 from ragrack.settings import load
-from ragrack.snapshot import FileEntry, Manifest, Snapshot, SnapshotDir, file_sha256
+from ragrack.snapshot import Snapshot, SnapshotDir
+
+from .manifests import entries, manifest
 
 MB = 1_000_000
 SSH = """#!PYTHON
@@ -68,26 +69,9 @@ class Hosts:
         with self.source.new() as new:
             for name, data in files.items():
                 (new / name).write_bytes(data)
-            snapshot = self.source.publish(new, self.manifest(number, new, files))
+            snapshot = self.source.publish(new, manifest(self.source, number, entries(new, files)))
         self.source.flip(snapshot.id, "ingest")
         return snapshot
-
-    def manifest(self, number: int, path: Path, files: Mapping[str, bytes]) -> Manifest:
-        return Manifest(
-            id=f"20261124T0000{number:02}Z-{number:08x}",
-            collection="manual",
-            fingerprint=self.source.fingerprint,
-            built_with={},
-            content=str(number),
-            created="20261124T000000Z",
-            parent=None,
-            documents=1,
-            nodes=1,
-            dimensions=3,
-            engine="flat",
-            files={name: FileEntry(file_sha256(path / name), len(data)) for name, data in files.items()},
-            golden=None,
-        )
 
     def pull(self, wait: float = 0) -> Snapshot:
         def progress(stage: str, done: int, total: int, note: str = "") -> None:

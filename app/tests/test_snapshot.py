@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from ragrack.snapshot import FileEntry, Manifest, Snapshot, SnapshotDir, SnapshotError, file_sha256, served
+from ragrack.snapshot import Snapshot, SnapshotDir, SnapshotError, served
+
+from .manifests import entries, manifest
 
 
 @pytest.fixture
@@ -19,22 +21,7 @@ def directory(tmp_path: Path) -> SnapshotDir:
 def publish(directory: SnapshotDir, number: int, data: bytes = b"data", parent: str | None = None) -> Snapshot:
     with directory.new() as new:
         (new / "file").write_bytes(data)
-        manifest = Manifest(
-            id=f"20261124T0000{number:02}Z-{number:08x}",
-            collection=directory.collection,
-            fingerprint=directory.fingerprint,
-            built_with={},
-            content=str(number),
-            created="20261124T000000Z",
-            parent=parent,
-            documents=1,
-            nodes=1,
-            dimensions=3,
-            engine="flat",
-            files={"file": FileEntry(file_sha256(new / "file"), len(data))},
-            golden=None,
-        )
-        return directory.publish(new, manifest)
+        return directory.publish(new, manifest(directory, number, entries(new, ["file"]), parent=parent))
 
 
 def test_nothing_is_live_at_first(directory: SnapshotDir) -> None:
