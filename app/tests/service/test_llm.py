@@ -167,5 +167,5 @@ async def test_readiness_names_the_llm_that_is_down_and_stays_ready(settings: Se
 async def test_readiness_finds_the_llm_that_is_up(settings: Settings, run: Running, upstream: Upstream) -> None:
     async with run(with_llm(settings, upstream.url, collections=("island",))) as client:
         report = (await client.get("/readyz")).json()
-    assert [check["name"] for check in report["checks"]] == ["embedding", "index:island", "llm"]
+    assert [check["name"] for check in report["checks"]] == ["embedding", "index:island", "snapshot:island", "llm"]
     assert report["degraded"] is False

@@ -169,8 +169,14 @@ def test_the_unit_that_pulls_reaches_its_source_and_nothing_else() -> None:
     assert PULLING.run(f"systemctl show -P IPAddressAllow {UNIT}").split() == [f"{SOURCE.address}/32"]
 
 
+def level() -> str | None:
+    """The snapshot that both answer from: workers follow a pull a moment after it."""
+    until(lambda: PULLING.snapshot() == SOURCE.snapshot())
+    return PULLING.snapshot()
+
+
 def test_a_cut_in_the_middle_is_continued() -> None:
-    before, size = PULLING.snapshot(), 400_000_000
+    before, size = level(), 400_000_000
     made = make(size)
     PULLING.run(f"systemctl start --no-block {UNIT}")
     aside = f"/var/lib/ragrack/indexes/postgres/*/snapshots/.pull-{made}"
@@ -188,7 +194,7 @@ def test_a_cut_in_the_middle_is_continued() -> None:
 
 
 def test_what_is_damaged_at_its_source_is_refused_and_the_old_one_answers() -> None:
-    before = PULLING.snapshot()
+    before = level()
     made = make(damaged=True)
     assert not pull()
     assert f"{made} of " in said()
@@ -217,7 +223,7 @@ def test_a_host_that_was_down_catches_up_when_it_boots() -> None:
 
 
 def test_an_ingesting_host_that_is_down_hurts_nobody() -> None:
-    before = PULLING.snapshot()
+    before = level()
     fleet.machine("stop", SOURCE.name)
     try:
         assert not pull()
