@@ -32,6 +32,8 @@ def import_all(settings: Settings) -> None:
     if settings.vector_store == "postgres":
         importlib.import_module("ragrack.postgres_snapshots")
         importlib.import_module("ragrack.postgres_store")
+    else:
+        importlib.import_module("ragrack.store")
     if settings.embed_provider != "minilm":
         importlib.import_module("llama_index.embeddings.openai_like")
     gc.collect()

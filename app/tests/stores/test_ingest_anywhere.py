@@ -172,10 +172,10 @@ def test_the_command_line_is_the_same(
     (both.documents_dir / both.default_collection / "limits.txt").write_text("Something new.")
     second = run("ingest")
     mine = [row for row in run("index", "list") if row["collection"] == both.default_collection]
-    assert [(row["snapshot"], row["current"], row["previous"]) for row in mine] == [
-        (first["snapshot"], False, True),
-        (second["snapshot"], True, False),
-    ]
+    assert {row["snapshot"]: (row["current"], row["previous"]) for row in mine} == {
+        first["snapshot"]: (False, True),
+        second["snapshot"]: (True, False),
+    }
     assert [row["problem"] for row in run("index", "verify", "--collection", both.default_collection)] == [None]
     (shown,) = run("index", "show", "--collection", both.default_collection)
     assert shown["id"] == second["snapshot"]
