@@ -12,9 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from ragrack.settings import Settings
 
 Retrieve = Callable[[str, int], Awaitable[Sequence[str]]]
 """(question, k) -> the documents of the retrieved nodes, best first; documents may repeat."""
@@ -55,6 +59,12 @@ class GoldenSet(BaseModel):
             raise GoldenError(
                 f"{path}: {'; '.join(problems)}. It needs `questions`, each with a `question` and its `sources`."
             ) from error
+
+    @classmethod
+    def of(cls, settings: Settings, collection: str) -> GoldenSet | None:
+        """Those of a collection, or None where it has none. Raises GoldenError."""
+        path = settings.golden_dir / f"{collection}.yml"
+        return cls.load(path, settings.golden_min_hit_rate) if path.exists() else None
 
 
 class GoldenReport(BaseModel):

@@ -51,9 +51,8 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
     Raises IngestError: another run is at it, there are no documents, the disk is full, the golden questions failed.
     """
     documents = settings.documents_dir / collection
-    golden_file = settings.golden_dir / f"{collection}.yml"
     try:
-        golden = GoldenSet.load(golden_file, settings.golden_min_hit_rate) if golden_file.exists() else None
+        golden = GoldenSet.of(settings, collection)
         fingerprint = Fingerprint.of(settings)
     except (GoldenError, ModelError) as error:
         raise IngestError(str(error)) from error
@@ -74,10 +73,11 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
             stack.callback(embedding.close)
             staging = Staging(staged)
             stack.callback(staging.close)
-            reader = stack.enter_context(DocumentReader(Limits.of(settings)))
+            limits = Limits.of(settings)
+            reader = stack.enter_context(DocumentReader(limits))
             # What dead runs left, before the disk is needed.
             snapshots.prune(settings.keep_snapshots)
-            _stage(staging, embedding, reader, settings, documents, found, progress)
+            _stage(staging, embedding, reader, limits, settings, documents, found, progress)
             outcome = publish(staging, embedding, snapshots, fingerprint, golden, progress)
             snapshots.prune(settings.keep_snapshots)
     except (BusyError, ModelError, PublishError, SnapshotError, EmbeddingUnavailableError, ReaderError) as error:
@@ -96,6 +96,7 @@ def _stage(
     staging: Staging,
     embedding: Embedding,
     reader: DocumentReader,
+    limits: Limits,
     settings: Settings,
     root: Path,
     found: Found,
@@ -140,7 +141,6 @@ def _stage(
             staging.remove_nodes(name)
             staging.note_file(name, sha256, problem)
 
-    limits = Limits.of(settings)
     progress("embed", 0, total)
     batch: list[tuple[Document, str]] = []
     for number, name in enumerate(found.documents, start=1):

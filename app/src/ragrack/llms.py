@@ -66,15 +66,7 @@ def _endpoint(provider: str, url: AnyHttpUrl | None, model: str | None, key: Sec
 
 
 def _transport(name: str, settings: Settings) -> Upstream:
-    policy = Policy(
-        timeout=settings.llm_timeout,
-        in_flight=settings.llm_in_flight,
-        queue=settings.llm_queue,
-        retries=settings.llm_retries,
-        breaker_failures=settings.llm_breaker_failures,
-        breaker_seconds=settings.llm_breaker_seconds,
-    )
-    return Upstream(name, policy)
+    return Upstream(name, Policy.of(settings, settings.llm_timeout))
 
 
 def _client(at: _Endpoint, transport: Upstream, settings: Settings) -> httpx.AsyncClient:

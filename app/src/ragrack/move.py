@@ -50,9 +50,8 @@ class Moved:
 
 def move(settings: Settings, collection: str, to: str, progress: Progress) -> Moved:
     """Makes a snapshot live in the store `to` (`embedded` or `postgres`), gated as by an ingest. Raises MoveError."""
-    golden_file = settings.golden_dir / f"{collection}.yml"
     try:
-        golden = GoldenSet.load(golden_file, settings.golden_min_hit_rate) if golden_file.exists() else None
+        golden = GoldenSet.of(settings, collection)
         fingerprint = Fingerprint.of(settings)
         with building(settings.index_dir, collection), contextlib.ExitStack() as stack:
             embedding = open_embedding(settings, 1)

@@ -52,15 +52,7 @@ class RemoteEmbedding(BaseEmbedding):
 
         # LlamaIndex takes a transformation's identity from its name: another model must not have this one's.
         embedding = cls(model_name=settings.embed_model or "", embed_batch_size=BATCH)
-        policy = Policy(
-            timeout=settings.embed_timeout,
-            in_flight=settings.llm_in_flight,
-            queue=settings.llm_queue,
-            retries=settings.llm_retries,
-            breaker_failures=settings.llm_breaker_failures,
-            breaker_seconds=settings.llm_breaker_seconds,
-        )
-        transport = Upstream("embedding", policy)
+        transport = Upstream("embedding", Policy.of(settings, settings.embed_timeout))
         sync_client, async_client = httpx.Client(), httpx.AsyncClient(transport=transport)
         embedding._clients = [sync_client, async_client]
         common: dict[str, Any] = {

@@ -15,12 +15,16 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 
 import httpx
 
 from ragrack import deadline, metrics, tracing
 from ragrack.breaker import Breaker, BreakerOpenError
 from ragrack.slots import FullError, Slots
+
+if TYPE_CHECKING:
+    from ragrack.settings import Settings
 
 STREAMS = ("text/event-stream", "application/x-ndjson")
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
@@ -51,6 +55,18 @@ class Policy:
     retries: int = 2
     breaker_failures: int = 5
     breaker_seconds: float = 10.0
+
+    @classmethod
+    def of(cls, settings: Settings, timeout: float) -> Policy:
+        """The settings' for LLMs, which hold for every model behind an API."""
+        return cls(
+            timeout=timeout,
+            in_flight=settings.llm_in_flight,
+            queue=settings.llm_queue,
+            retries=settings.llm_retries,
+            breaker_failures=settings.llm_breaker_failures,
+            breaker_seconds=settings.llm_breaker_seconds,
+        )
 
 
 class Upstream(httpx.AsyncBaseTransport):
