@@ -36,6 +36,11 @@ class StateError(Exception):
         self.log = log or []
         self.facts = facts
 
+    def words(self) -> str:
+        """The message, and below it what the unit said last."""
+        said = ["last lines of its log:", *(f"  {line}" for line in self.log)] if self.log else []
+        return "\n".join([str(self), *said])
+
 
 def now() -> str:
     """The time in UTC as in 2026-11-24T10:00:00Z."""

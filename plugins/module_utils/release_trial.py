@@ -60,14 +60,10 @@ class Trials:
         trial = Trial(release, back_to, run, since, time.time() + seconds)
         write_atomically(self._path, json.dumps(asdict(trial)) + "\n")
 
-    def end(self) -> bool:
-        """False where there was none."""
-        try:
-            self._path.unlink()
-        except FileNotFoundError:
-            return False
+    def end(self) -> None:
+        """If there is one."""
+        self._path.unlink(missing_ok=True)
         fsync_dir(self._path.parent)
-        return True
 
     def go_back(self, start: Start) -> str | None:
         """Ends the trial at hand by going back, where its release is live. Returns where to.

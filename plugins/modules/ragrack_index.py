@@ -207,9 +207,7 @@ def main() -> None:
     try:
         answer = run(module.params, check=module.check_mode, diff=module._diff)
     except StateError as error:
-        log = [f"  {line}" for line in error.log]
-        message = "\n".join([str(error), *(["last lines of its log:", *log] if log else [])])
-        module.fail_json(msg=message, log=error.log, **error.facts)
+        module.fail_json(msg=error.words(), log=error.log, **error.facts)
     except OSError as error:
         module.fail_json(msg=f"state {module.params['state']}: {error}")
     for note in answer.get("removed", {}).get("notes", []):
