@@ -29,7 +29,7 @@ import numpy as np
 from index_corpus import NODES_OF_A_DOCUMENT, Corpus
 from index_worker import CASES, K
 from llama_index.core.schema import MetadataMode, TextNode
-from ragrack import build_minilm
+from models import newest_model
 from ragrack.embedding import MiniLMEmbedding
 from ragrack.fingerprint import Fingerprint
 from ragrack.ingest import ingest
@@ -63,7 +63,7 @@ def main() -> int:
     arguments = parser.parse_args()
     # So that what was started is stopped when this is.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    model = _model()
+    model = newest_model()
     pages = arguments.pages or _manual()
     corpus = Corpus.of(pages, arguments.questions, model, CACHE, CORES)
     with contextlib.ExitStack() as stack:
@@ -73,13 +73,6 @@ def main() -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _model() -> Path:
-    found = sorted((REPO / ".cache/models").glob(f"{build_minilm.NAME}-*/model.json"))
-    if not found:
-        sys.exit("There is no embedding model yet. Mend: bin/test app/tests/test_embedding.py builds it into .cache.")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def _manual() -> Path:

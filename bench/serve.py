@@ -26,12 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ragrack import build_minilm
+from models import newest_model
 from ragrack.auth import ApiKey, add_key, hash_key, new_key
 from ragrack.embedding import MiniLMEmbedding
 
-REPO = Path(__file__).parents[1]
-BENCH = REPO / "bench"
+BENCH = Path(__file__).parent
 CONNECTIONS = (1, 16, 64)
 LLM_SECONDS = 0.05
 SENTENCES_OF_A_DOCUMENT = 3
@@ -71,7 +70,7 @@ def main() -> int:
         return 1
     # So that what was started is stopped when this is.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    model = _model()
+    model = newest_model()
     with tempfile.TemporaryDirectory(prefix="ragrack-bench-") as directory:
         root = Path(directory)
         # nginx' workers are another user.
@@ -81,13 +80,6 @@ def main() -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _model() -> Path:
-    found = sorted((REPO / ".cache/models").glob(f"{build_minilm.NAME}-*/model.json"))
-    if not found:
-        sys.exit("There is no embedding model yet. Mend: bin/test app/tests/test_embedding.py builds it into .cache.")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def _measure(root: Path, model: Path, sizes: list[int], seconds: int) -> Json:
