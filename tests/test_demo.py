@@ -115,6 +115,9 @@ def test_env_is_all_that_a_script_needs(checkout: Checkout) -> None:
 
 def test_destroy_removes_all_that_it_made(before: tuple[set[str], set[str]], checkout: Checkout) -> None:
     checkout.demo("destroy")
-    assert machine() == before
+    links, tables = machine()
+    # What a run that was killed has left may be gone too.
+    assert links <= before[0]
+    assert tables <= before[1]
     for name in (".state/demo", "inventories/demo/pki", "inventories/demo/host_vars"):
         assert not (checkout.path / name).exists()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -72,13 +71,6 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(MiniLMEmbedding, "_get_text_embeddings", spy)
     return seen
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No two snapshots within a second, as an id tells them apart by that."""
-    seconds = itertools.count()
-    monkeypatch.setattr("ragrack.publish.timestamp", lambda: f"20261124T00{next(seconds):04}Z")
 
 
 def test_documents_become_a_verified_live_snapshot(settings: Settings) -> None:
@@ -163,7 +155,6 @@ def test_documents_as_they_once_were_are_not_written_again(settings: Settings) -
     assert any("golden questions passed" in note for note in told.notes), "it is asked as a new one is"
 
 
-@pytest.mark.usefixtures("clock")
 def test_one_that_rotted_is_written_again(settings: Settings) -> None:
     before = (documents(settings) / "limits.txt").read_text()
     first, _ = run(settings)
@@ -192,7 +183,6 @@ def test_while_held_a_snapshot_is_built_and_waits(settings: Settings) -> None:
     assert directory(settings).current_id() == second.id
 
 
-@pytest.mark.usefixtures("clock")
 def test_as_many_snapshots_stay_as_the_settings_say(settings: Settings) -> None:
     few = Settings.model_validate(settings.model_dump() | {"keep_snapshots": 1})
     ids = []

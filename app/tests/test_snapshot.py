@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from ragrack.snapshot import Snapshot, SnapshotDir, SnapshotError, served
+from ragrack.snapshot import Snapshot, SnapshotDir, SnapshotError, served, timestamp, timestamp_after
 
 from .manifests import entries, manifest
 
@@ -337,3 +337,8 @@ def test_a_process_that_dies_lets_others_in(directory: SnapshotDir) -> None:
     assert not left.exists()
     directory.hold("the dead one's lock is gone")
     assert [path.name for path in directory.snapshots.iterdir()] == [first]
+
+
+def test_ids_sort_as_they_were_made_whatever_the_clock_says() -> None:
+    assert timestamp_after([]) == timestamp()
+    assert timestamp_after(["20261124T235959Z-ffffffff", "20991231T235959Z-00000000"]) == "21000101T000000Z"

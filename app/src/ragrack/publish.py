@@ -16,7 +16,7 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 from ragrack.catalog import Nodes, Snapshot, Snapshots
 from ragrack.golden import GoldenReport, GoldenSet, evaluate
 from ragrack.parts import Embedding
-from ragrack.snapshot import Hold, Manifest, SnapshotError, UnavailableError, timestamp
+from ragrack.snapshot import Hold, Manifest, SnapshotError, UnavailableError, timestamp, timestamp_after
 
 if TYPE_CHECKING:
     from ragrack.fingerprint import Fingerprint
@@ -128,15 +128,14 @@ def _snapshot(
         if written is None:
             written = draft.write(_counted(staged.nodes(), nodes, progress), nodes, fingerprint.dimensions)
         report = _gate(golden, draft.open, snapshots.collection, embedding, progress)
-        now = timestamp()
         return draft.publish(
             Manifest(
-                id=f"{now}-{content[:8]}",
+                id=f"{timestamp_after(snapshots.ids())}-{content[:8]}",
                 collection=snapshots.collection,
                 fingerprint=fingerprint.digest,
                 built_with=asdict(fingerprint),
                 content=content,
-                created=now,
+                created=timestamp(),
                 parent=parent.id if parent else None,
                 documents=documents,
                 nodes=nodes,

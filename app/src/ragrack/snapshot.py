@@ -24,12 +24,13 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
 MANIFEST = "manifest.json"
+TIMESTAMP = "%Y%m%dT%H%M%SZ"
 SNAPSHOT_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 
@@ -465,7 +466,16 @@ def _flock(directory: Path, operation: int) -> Iterator[None]:
 
 def timestamp() -> str:
     """Now, in UTC, as it sorts in a file name: 20261124T231501Z."""
-    return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return datetime.now(UTC).strftime(TIMESTAMP)
+
+
+def timestamp_after(ids: Sequence[str]) -> str:
+    """Now, or a second after the newest of these where the clock is not past it: ids sort as they were made."""
+    now = timestamp()
+    newest = max((snapshot_id.partition("-")[0] for snapshot_id in ids), default="")
+    if now > newest:
+        return now
+    return (datetime.fromisoformat(newest) + timedelta(seconds=1)).strftime(TIMESTAMP)
 
 
 def file_sha256(path: Path) -> str:
