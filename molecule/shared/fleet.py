@@ -18,10 +18,14 @@ import testinfra
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-INVENTORY = ROOT / "molecule/shared/inventory"
+SCENARIO = Path(os.environ.get("MOLECULE_SCENARIO_DIRECTORY", ROOT / "molecule/default"))
+# A scenario with an inventory has hosts of its own; the others share theirs.
+OWN = (SCENARIO / "inventory").is_dir()
+INVENTORY = SCENARIO / "inventory" if OWN else ROOT / "molecule/shared/inventory"
+RUN = f"molecule-{SCENARIO.name}" if OWN else "molecule"
 BIN = Path(sys.executable).parent
 CA = INVENTORY / "pki/ca.pem"
-STATE = ROOT / ".state/molecule"
+STATE = ROOT / ".state" / RUN
 GOLDEN = ROOT / "inventories/demo/collections/postgres/golden.yml"
 
 
@@ -109,17 +113,18 @@ def questions() -> list[dict[str, Any]]:
     return found
 
 
-def hosts() -> list[Host]:
-    """The test hosts by name. Raises AssertionError where there are none."""
-    found = sorted((INVENTORY / "host_vars").glob("*/connection.yml"))
+def hosts(group: str = "app") -> list[Host]:
+    """The test hosts of a group by name. Raises AssertionError where there are none."""
+    found = {path.parent.name: path for path in (INVENTORY / "host_vars").glob("*/connection.yml")}
     assert found, "there are no test hosts; `molecule create` makes them"
-    return [Host(path.parent.name, yaml.safe_load(path.read_text())["ansible_host"]) for path in found]
+    members = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["children"][group]["hosts"]
+    return [Host(name, yaml.safe_load(found[name].read_text())["ansible_host"]) for name in sorted(members)]
 
 
 def ingesting() -> Host:
     """The one that the others pull from."""
-    (name,) = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["children"]["ingest"]["hosts"]
-    return next(host for host in hosts() if host.name == name)
+    [host] = hosts("ingest")
+    return host
 
 
 def pulling() -> Host:
@@ -156,4 +161,4 @@ def play(playbook: str, *arguments: str, variables: Mapping[str, Any] | None = N
 def machine(verb: str, *names: str) -> None:
     """Start, stop or kill test hosts."""
     program = ROOT / "molecule/shared/hosts.py"
-    subprocess.run([sys.executable, str(program), verb, "--run", "molecule", "--state", str(STATE), *names], check=True)
+    subprocess.run([sys.executable, str(program), verb, "--run", RUN, "--state", str(STATE), *names], check=True)

@@ -30,13 +30,7 @@ def live_cli(host: Host) -> Cli:
 
 def asked(cli: Cli, *arguments: str) -> Any:
     """What `ragrack index ... --json` prints. Raises StateError with its own words where it refuses."""
-    done = cli.run("index", *arguments, "--json", timeout=TIMEOUT_SECONDS)
-    try:
-        if done.returncode == 0:
-            return json.loads(done.stdout)
-    except ValueError:
-        pass
-    raise StateError((done.stderr or done.stdout).strip() or f"`ragrack index {arguments[0]}` gave no reason")
+    return cli.index(*arguments, timeout=TIMEOUT_SECONDS)
 
 
 def indexes(cli: Cli, collections: Sequence[str] = (), fingerprint: str | None = None) -> list[dict[str, Any]]:

@@ -259,6 +259,16 @@ class Cli:
             )
         return str(found[0])
 
+    def index(self, *arguments: str, timeout: float) -> Any:
+        """What `ragrack index ... --json` prints. Raises StateError with its own words where it refuses."""
+        done = self.run("index", *arguments, "--json", timeout=timeout)
+        try:
+            if done.returncode == 0:
+                return json.loads(done.stdout)
+        except ValueError:
+            pass
+        raise StateError((done.stderr or done.stdout).strip() or f"`ragrack index {arguments[0]}` gave no reason")
+
     def golden(
         self, collection: str, socket_path: Path, key_file: Path, timeout: float, *, degraded: bool = False
     ) -> dict[str, Any]:

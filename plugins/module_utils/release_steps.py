@@ -152,6 +152,10 @@ def indexed(host: Host, release: str, collections: Sequence[str], index_dir: Pat
     fingerprint = cli.fingerprint(timeout=60)
 
     def missing() -> list[str]:
+        if cli.environment().get("RAGRACK_VECTOR_STORE") == "postgres":
+            rows = cli.index("list", timeout=60)
+            there = {row["collection"] for row in rows if row["current"] and row["fingerprint"] == fingerprint}
+            return [name for name in collections if name not in there]
         return [name for name in collections if not (index_dir / name / fingerprint / "current").exists()]
 
     lacking = missing()
