@@ -185,6 +185,17 @@ def test_a_snapshot_is_built_where_one_lacks(place: Place) -> None:
     assert do(place, "indexed", A)["changed"] is False
 
 
+def test_what_a_database_holds_is_asked_of_it(place: Place) -> None:
+    database = place.path / "database"
+    settings = {"RAGRACK_COLLECTIONS": "postgres", "RAGRACK_VECTOR_STORE": "postgres", "DATABASE": str(database)}
+    do(place, "staged", A, env="\n".join(f'{name}="{value}"' for name, value in settings.items()))
+    answer = do(place, "indexed", A)
+    assert (answer["changed"], answer["missing_snapshots"]) == (True, ["postgres"])
+    assert database.exists()
+    answer = do(place, "indexed", A)
+    assert (answer["changed"], answer["missing_snapshots"]) == (False, [])
+
+
 def test_an_index_that_cannot_be_built_shows_its_log(place: Place) -> None:
     stage(place, A, "no-documents")
     with pytest.raises(StateError, match="could not be built") as caught:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragrack import index_cli
-from ragrack.command import RefusedError, act_as_owner, collections_of, print_json, snapshots_of
+from ragrack.command import RefusedError, act_as_owner, collections_of, print_json, settings_here, snapshots_of
 from ragrack.index_cli import figures
 from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
 from ragrack.snapshot import SnapshotError
@@ -151,12 +151,12 @@ def _config_check(arguments: argparse.Namespace) -> int:
 def _config_fingerprint(arguments: argparse.Namespace) -> int:
     from ragrack.fingerprint import Fingerprint, ModelError
 
-    settings, problems = _examine(arguments)
-    if arguments.model_dir is not None:
-        # The path in the settings is another machine's.
-        problems = [problem for problem in problems if problem.variable != "RAGRACK_EMBED_MODEL_DIR"]
-    if settings is None or problems:
-        raise SettingsError(problems)
+    if arguments.env_file:
+        settings, problems = _examine(arguments)
+        if settings is None or problems:
+            raise SettingsError(problems)
+    else:
+        settings = settings_here()
     try:
         print(Fingerprint.of(settings, arguments.model_dir).digest)
     except ModelError as error:

@@ -141,7 +141,8 @@ def test_the_primary_dies(capsys: pytest.CaptureFixture[str]) -> None:
             f"\nprimary killed: {failed_within} failed of {within} until another one was, then {len(outside)} failed;"
         )
         print(
-            f"{load.count}; {len(acknowledged - kept)} of {len(acknowledged)} acknowledged rows lost, none written for {stood} s"
+            f"{load.count}; writes stood {stood} s;"
+            f" {len(acknowledged - kept)} of {len(acknowledged)} acknowledged rows lost"
         )
     assert acknowledged
     assert acknowledged - kept == set()
