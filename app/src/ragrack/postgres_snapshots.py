@@ -39,7 +39,6 @@ PGVECTOR = (0, 8)
 CHANGING: LiteralString = "SELECT pg_advisory_xact_lock(hashtextextended('ragrack change ' || %s || ' ' || %s, 0))"
 BUILDING: LiteralString = "SELECT pg_try_advisory_xact_lock(hashtextextended('ragrack build ' || %s || ' ' || %s, 0))"
 SCHEMA: tuple[LiteralString, ...] = (
-    "CREATE SCHEMA IF NOT EXISTS ragrack",
     "CREATE SEQUENCE IF NOT EXISTS ragrack.table_number",
     """CREATE TABLE IF NOT EXISTS ragrack.snapshot (
         collection text, fingerprint text, id text, number bigint NOT NULL UNIQUE, manifest json NOT NULL,
@@ -413,5 +412,9 @@ def prepare(connection: Connection, database: Database) -> None:
     elif tuple(int(part) for part in pgvector.split(".")[:2]) < PGVECTOR:
         wanted = ".".join(map(str, PGVECTOR))
         raise SnapshotError(f"the {database.target} has pgvector {pgvector}: {wanted} or newer is needed")
+    # Who owns the schema alone may not make one, not even where it is there.
+    ((there,),) = connection.execute("SELECT to_regnamespace('ragrack') IS NOT NULL").fetchall()
+    if not there:
+        connection.execute("CREATE SCHEMA ragrack")
     for command in SCHEMA:
         connection.execute(command)
