@@ -25,7 +25,7 @@ Make = Callable[[Sequence[TextNode]], Snapshots]
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """PostgreSQL 17 with pgvector, as role postgres leaves it: TLS, scram, a database that the role ragrack owns."""
+    """PostgreSQL 17 with pgvector, as role postgres leaves it: TLS, scram, a schema that the role ragrack owns."""
     try:
         runs.check_machine()
     except UnsuitableMachineError as error:

@@ -110,8 +110,9 @@ class Server:
         (self.data / "pg_ident.conf").write_text("root postgres postgres\nroot root postgres\n")
         self.start()
         self.sql(f"CREATE ROLE ragrack LOGIN REPLICATION PASSWORD '{self.password}'")
-        self.sql("CREATE DATABASE ragrack OWNER ragrack")
+        self.sql("CREATE DATABASE ragrack")
         self.sql("CREATE EXTENSION vector", database="ragrack")
+        self.sql("CREATE SCHEMA ragrack AUTHORIZATION ragrack", database="ragrack")
 
     def follow(self, primary: Server) -> None:
         """A standby of that one."""
