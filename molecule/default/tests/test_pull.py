@@ -79,7 +79,7 @@ def as_key(command: str) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def _left_as_it_was() -> Iterator[None]:
-    before = SOURCE.snapshot()
+    before = level()
     yield
     where = "/var/lib/ragrack/indexes/postgres/*/snapshots"
     SOURCE.run(f"cd {where} && cd .. && ln -sfn snapshots/{before} current.new && mv -T current.new current")
@@ -90,7 +90,7 @@ def _left_as_it_was() -> Iterator[None]:
 
 def test_it_serves_the_very_snapshot_that_was_built_elsewhere() -> None:
     assert pull(), said()
-    until(lambda: PULLING.snapshot() == SOURCE.snapshot())
+    level()
     PULLING.run("/opt/ragrack/current/venv/bin/ragrack index verify --collection postgres")
     assert PULLING.shell.run("systemctl cat 'ragrack-ingest@postgres.timer'").rc != 0
     assert PULLING.run("ls /var/lib/ragrack/documents") == "", "documents are where they are ingested"
@@ -169,10 +169,15 @@ def test_the_unit_that_pulls_reaches_its_source_and_nothing_else() -> None:
     assert PULLING.run(f"systemctl show -P IPAddressAllow {UNIT}").split() == [f"{SOURCE.address}/32"]
 
 
-def level() -> str | None:
-    """The snapshot that both answer from: workers follow a pull a moment after it."""
-    until(lambda: PULLING.snapshot() == SOURCE.snapshot())
-    return PULLING.snapshot()
+def level() -> str:
+    """The snapshot that every worker of both answers from: they follow a pull a moment after it."""
+
+    def same() -> bool:
+        live = SOURCE.snapshot()
+        return live is not None and PULLING.snapshot() == live
+
+    until(same)
+    return str(PULLING.snapshot())
 
 
 def test_a_cut_in_the_middle_is_continued() -> None:
