@@ -47,6 +47,9 @@ class Nodes(Protocol):
 class Draft(Protocol):
     """A snapshot that is being built. Nobody else sees it."""
 
+    def ids(self) -> Sequence[str]:
+        """Of all snapshots that were published before this one, oldest first; none is missing, as from a replica."""
+
     def update(self, parent: Snapshot, nodes: Nodes) -> Written | None:
         """The parent, which is whole, with what has changed since; None where all is better written anew."""
 

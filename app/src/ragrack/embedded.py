@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +46,9 @@ class EmbeddedSnapshots(SnapshotDir):
 class _Draft:
     directory: EmbeddedSnapshots
     path: Path
+
+    def ids(self) -> Sequence[str]:
+        return self.directory.ids()
 
     def update(self, parent: catalog.Snapshot, nodes: catalog.Nodes) -> Written | None:
         from ragrack.writer import update_snapshot_files

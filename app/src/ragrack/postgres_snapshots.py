@@ -307,6 +307,9 @@ class _Draft:
         self._written: tuple[int, int] = (0, 0)
         self.published = False
 
+    def ids(self) -> Sequence[str]:
+        return self._snapshots._ids(self._connection)
+
     def update(self, parent: Snapshot, nodes: Nodes) -> None:
         """A graph is built anew in any case, and that is what takes the time."""
 

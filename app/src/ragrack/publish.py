@@ -130,7 +130,7 @@ def _snapshot(
         report = _gate(golden, draft.open, snapshots.collection, embedding, progress)
         return draft.publish(
             Manifest(
-                id=f"{timestamp_after(snapshots.ids())}-{content[:8]}",
+                id=f"{timestamp_after(draft.ids())}-{content[:8]}",
                 collection=snapshots.collection,
                 fingerprint=fingerprint.digest,
                 built_with=asdict(fingerprint),

@@ -371,6 +371,18 @@ def test_a_standby_that_lags_behind_costs_no_answer(pair: tuple[Server, Server])
         assert found(store, None) == {f"n{number}" for number in range(7)}
 
 
+def test_a_build_knows_the_snapshots_that_a_standby_has_not_heard_of(pair: tuple[Server, Server]) -> None:
+    primary, standby = pair
+    snapshots = catalog.snapshots(settings_of(primary, standby), "manual", FINGERPRINT)
+    first = publish(snapshots, NODES)
+    caught_up(primary, standby)
+    standby.sql("SELECT pg_wal_replay_pause()")
+    second = publish(snapshots, NODES[:7], 2, live=False)
+    assert list(snapshots.ids()) == [first.id]
+    with snapshots.draft() as draft:
+        assert list(draft.ids()) == [first.id, second.id]
+
+
 def test_with_no_server_left_it_says_so_and_comes_back(pair: tuple[Server, Server]) -> None:
     primary, standby = pair
     standby.kill()
