@@ -30,9 +30,10 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQuery,
     VectorStoreQueryMode,
 )
+from ragrack.faiss_vectors import VECTORS
 from ragrack.snapshot import file_sha256, fsync
 from ragrack.staging import Staging
-from ragrack.store import NODES, VECTORS, SnapshotVectorStore
+from ragrack.store import NODES, SnapshotVectorStore
 from ragrack.writer import update_snapshot_files, write_snapshot_files
 
 K = 10

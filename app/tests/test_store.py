@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
+from ragrack.faiss_vectors import VECTORS
 from ragrack.snapshot import SnapshotError
-from ragrack.store import NODES, VECTORS, SnapshotVectorStore
+from ragrack.store import NODES, SnapshotVectorStore
 from ragrack.writer import FLAT_BELOW, write_snapshot_files
 
 from .stores.suite import DIMENSIONS, METADATA, filters, found, node, unit

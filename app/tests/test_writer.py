@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from llama_index.core.schema import BaseNode, TextNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryMode
-from ragrack.store import NODES, VECTORS, SnapshotVectorStore
+from ragrack.faiss_vectors import VECTORS
+from ragrack.store import NODES, SnapshotVectorStore
 from ragrack.stored import StoredNode
 from ragrack.writer import FLAT_BELOW, GONE_SHARE, update_snapshot_files, write_snapshot_files
 

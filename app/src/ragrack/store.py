@@ -1,8 +1,8 @@
-"""The vector store of a snapshot: vectors in FAISS, nodes in SQLite, both memory-mapped and read-only.
+"""The vector store of a snapshot: nodes in SQLite, memory-mapped and read-only, and vectors in FAISS or an engine.
 
-The number of a node in FAISS is its row in SQLite. A row of FAISS may have lost its node (`ragrack.writer`): no query
-finds it. Filters are answered by SQLite, with bound parameters, and given to FAISS as a bitmap of rows, so a filter
-never costs results, however few rows it leaves.
+The number of a vector is its node's row in SQLite. One of FAISS may have lost its node (`ragrack.writer`): no query
+finds it. Filters are answered by SQLite, with bound parameters, and given to the vectors as a bitmap of rows, so a
+filter never costs results, however few rows it leaves.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import faiss as _faiss
 import numpy as np
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import (
@@ -30,62 +28,25 @@ from llama_index.core.vector_stores.types import (
 )
 from pydantic import PrivateAttr
 
-from ragrack import hybrid
+from ragrack import hybrid, tenants
 from ragrack.conditions import select
+from ragrack.faiss_vectors import FaissVectors
 from ragrack.readonly import SnapshotStore
 from ragrack.snapshot import SnapshotError
 from ragrack.stored import StoredNode
+from ragrack.vectors import Mask, Selection, Vectors, by_score
 
-# Its stubs know neither its Python constructors nor all of its classes.
-faiss: Any = _faiss
-
-VECTORS = "vectors.faiss"
 NODES = "nodes.sqlite"
 
-HNSW_EF_SEARCH = 96
-ROWS_A_STEP = 64
-"""Vectors that are compared in the time that the graph takes for one step of efSearch."""
-SPANS = 4
 BATCH = 1000
 FILTERS_KEPT = 64
 WORDS_KEPT = 4096
-
-Mask = np.ndarray[Any, np.dtype[np.uint8]]
-"""A bit for each row, the first in the lowest bit of the first byte, as FAISS reads them."""
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Rows that may be found."""
-
-    mask: Mask
-
-    @functools.cached_property
-    def count(self) -> int:
-        return int(np.bitwise_count(self.mask).sum())
-
-    @functools.cached_property
-    def spans(self) -> Sequence[range]:
-        """A few runs of rows that hold all of these and, where these lie together as a tenant's do, little else."""
-        rows = np.flatnonzero(np.unpackbits(self.mask, bitorder="little"))
-        if not len(rows):
-            return []
-        gaps = np.diff(rows)
-        widest = np.argpartition(gaps, -SPANS + 1)[-SPANS + 1 :] if len(gaps) >= SPANS else np.arange(len(gaps))
-        cuts = np.sort(widest[gaps[widest] > 1])
-        firsts, lasts = [rows[0], *rows[cuts + 1]], [*rows[cuts], rows[-1]]
-        return [range(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
-
-    def around(self, span: range) -> tuple[int, Mask]:
-        """A first row, a multiple of eight, and the mask from there on that has all of the span."""
-        first = span.start // 8
-        return first * 8, self.mask[first : -(-span.stop // 8)]
 
 
 class SnapshotVectorStore(SnapshotStore):
     """Opening takes the same time at any size. The words of a text are ranked by BM25."""
 
-    _index: Any = PrivateAttr()
+    _vectors: Vectors = PrivateAttr()
     _pool: ThreadPoolExecutor = PrivateAttr()
     _local: threading.local = PrivateAttr()
     _connections: list[sqlite3.Connection] = PrivateAttr()
@@ -99,16 +60,21 @@ class SnapshotVectorStore(SnapshotStore):
 
         Raises SnapshotError when they are missing or do not fit each other.
         """
+        return cls.over(FaissVectors(path), path, threads)
+
+    @classmethod
+    def over(cls, vectors: Vectors, path: Path, threads: int = 2) -> SnapshotVectorStore:
+        """As `open`, with vectors that need not be there."""
         store = cls()
+        store._vectors = vectors
         try:
-            store._index = faiss.read_index(str(path / VECTORS), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
             # All of them now: `path` may be pruned before the last thread starts.
             store._connections = [connect(path / NODES) for _ in range(threads)]
             rows, live = store._connections[0].execute("SELECT rows, live FROM extent").fetchone()
-        except (RuntimeError, sqlite3.Error) as error:
+        except sqlite3.Error as error:
             raise SnapshotError(f"{path} cannot be opened: {error}") from error
-        if rows != store._index.ntotal:
-            raise SnapshotError(f"{path}: {VECTORS} has {store._index.ntotal} vectors, {NODES} has {rows} rows")
+        if rows != vectors.rows:
+            raise SnapshotError(f"{path}: {vectors} has {vectors.rows} vectors, {NODES} has {rows} rows")
         store._all = None if live is None else Selection(np.frombuffer(live, dtype=np.uint8))
         free = queue.SimpleQueue[sqlite3.Connection]()
         for connection in store._connections:
@@ -118,8 +84,7 @@ class SnapshotVectorStore(SnapshotStore):
         store._matches = functools.lru_cache(WORDS_KEPT)(store._count_matches)
 
         def start() -> None:
-            # For this thread alone: a second one would spin beside it for nothing.
-            faiss.omp_set_num_threads(1)
+            vectors.start_thread()
             store._local.connection = free.get_nowait()
 
         store._pool = ThreadPoolExecutor(threads, thread_name_prefix="store", initializer=start)
@@ -130,20 +95,19 @@ class SnapshotVectorStore(SnapshotStore):
         return "SnapshotVectorStore"
 
     @property
-    def client(self) -> Any:
-        """The FAISS index."""
-        return self._index
+    def client(self) -> Vectors:
+        return self._vectors
 
     @property
     def dimensions(self) -> int:
-        return int(self._index.d)
+        return self._vectors.dimensions
 
     def __len__(self) -> int:
         return self._rows if self._all is None else self._all.count
 
     @property
     def _rows(self) -> int:
-        return int(self._index.ntotal)
+        return self._vectors.rows
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -153,7 +117,7 @@ class SnapshotVectorStore(SnapshotStore):
         # The caches hold this store, and the store the caches: none would go before the garbage collector comes.
         self._selected = self._select
         self._matches = self._count_matches
-        self._index = None
+        self._vectors.close()
 
     def embedded_nodes(self) -> Iterator[BaseNode]:
         rows = np.flatnonzero(np.unpackbits(self.everything(), count=self._rows, bitorder="little"))
@@ -162,7 +126,7 @@ class SnapshotVectorStore(SnapshotStore):
 
     def _embedded(self, rows: Any) -> list[BaseNode]:
         nodes = self._read(rows.tolist())
-        for node, vector in zip(nodes, self._index.reconstruct_batch(rows), strict=True):
+        for node, vector in zip(nodes, self._vectors.read(rows.tolist()), strict=True):
             node.embedding = vector.tolist()
         return nodes
 
@@ -176,7 +140,7 @@ class SnapshotVectorStore(SnapshotStore):
         scored: list[tuple[int, float]]
         match query.mode:
             case VectorStoreQueryMode.DEFAULT:
-                scored = _above(self._search(self._vector(query), k, chosen), similarity_cutoff)
+                scored = _above(self._vectors.nearest(self._vector(query), k, chosen), similarity_cutoff)
             case VectorStoreQueryMode.HYBRID:
                 scored = self._fused(self._vector(query), query.query_str or "", k, chosen, similarity_cutoff)
             case VectorStoreQueryMode.TEXT_SEARCH:
@@ -201,13 +165,12 @@ class SnapshotVectorStore(SnapshotStore):
     ) -> list[tuple[int, float]]:
         """Reciprocal rank fusion of the dense order with BM25's; each node with its cosine."""
         most = hybrid.candidates(k)
-        dense = self._search(vector, most, chosen)
+        dense = self._vectors.nearest(vector, most, chosen)
         similarity = dict(dense)
         matched = [row for row, _ in self._match(text, most, chosen)]
         new = [row for row in matched if row not in similarity]
         if new:
-            cosines = self._index.reconstruct_batch(np.asarray(new, dtype=np.int64)) @ vector[0]
-            similarity |= zip(new, cosines.tolist(), strict=True)
+            similarity |= zip(new, self._vectors.cosines(vector, new), strict=True)
         return hybrid.fuse([row for row, _ in dense], matched, similarity, k, cutoff)
 
     def _match(self, text: str, k: int, chosen: Selection | None) -> list[tuple[int, float]]:
@@ -232,42 +195,13 @@ class SnapshotVectorStore(SnapshotStore):
             else:
                 first, mask = chosen.around(span)
                 best += self._execute(_BEST_CHOSEN, *asking, _a_byte_for_each(mask), first, k)
-        return sorted(best, key=_by_score)[:k]
+        return sorted(best, key=by_score)[:k]
 
     def _count_matches(self, word: str, span: range) -> int:
         """How many nodes in the span hold the word in any form; it stops counting where the word is too frequent."""
         most = hybrid.most_matches(len(span)) + 1
         (count,) = self._execute(_COUNTED, f'"{word}"', span.start, span.stop, most).fetchone()
         return int(count)
-
-    def _search(self, vector: Any, k: int, chosen: Selection | None) -> list[tuple[int, float]]:
-        count = self._rows if chosen is None else chosen.count
-        k = min(k, count)
-        if k <= 0:
-            return []
-        selector = {} if chosen is None else {"sel": faiss.IDSelectorBitmap(chosen.mask)}
-        if not isinstance(self._index, faiss.IndexHNSW):
-            return _scored(*self._index.search(vector, k, params=faiss.SearchParameters(**selector)))
-        # A walk along the graph must see as many more rows as are not allowed.
-        steps = max(HNSW_EF_SEARCH, 2 * k) * self._rows // count
-        if chosen is not None and count < steps * ROWS_A_STEP:
-            found = [scored for span in chosen.spans for scored in self._compare(vector, k, chosen, span)]
-            return sorted(found, key=_by_score)[:k]
-        return _scored(*self._index.search(vector, k, params=faiss.SearchParametersHNSW(efSearch=steps, **selector)))
-
-    def _compare(self, vector: Any, k: int, chosen: Selection, span: range) -> list[tuple[int, float]]:
-        """With each of the rows chosen in the span: FAISS would look whether any row of all is chosen."""
-        graph = faiss.downcast_index(self._index.storage)
-        codes = faiss.rev_swig_ptr(graph.codes.data(), self._rows * graph.code_size).reshape(-1, graph.code_size)
-        part = faiss.IndexScalarQuantizer(graph.d, graph.sq.qtype, graph.metric_type)
-        part.sq, part.is_trained = graph.sq, True
-        first, mask = chosen.around(span)
-        here = codes[first : span.stop]
-        part.codes = faiss.MaybeOwnedVectorUInt8.create_view(faiss.swig_ptr(here), here.size, graph.codes.owner)
-        part.ntotal = len(here)
-        selector = faiss.IDSelectorBitmap(mask)
-        found = _scored(*part.search(vector, min(k, len(here)), params=faiss.SearchParameters(sel=selector)))
-        return [(first + row, score) for row, score in found]
 
     def _get_nodes(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[BaseNode]:
         chosen = self._choose(filters, node_ids, None)
@@ -302,7 +236,8 @@ class SnapshotVectorStore(SnapshotStore):
         if doc_ids is not None:
             chosen.append(Selection(self.holding("SELECT row FROM node WHERE ref_doc_id = ?", doc_ids)))
         if len(chosen) > 1:
-            return Selection(functools.reduce(np.bitwise_and, (selection.mask for selection in chosen)))
+            mask = functools.reduce(np.bitwise_and, (selection.mask for selection in chosen))
+            return Selection(mask, chosen[0].tenant)
         return chosen[0] if chosen else self._all
 
     def holding(self, sql: str, values: Sequence[Any], *before: Any) -> Mask:
@@ -323,20 +258,12 @@ class SnapshotVectorStore(SnapshotStore):
         return np.packbits(np.ones(self._rows, dtype=np.bool_), bitorder="little")
 
     def _select(self, filters_json: str) -> Selection:
-        return Selection(select(MetadataFilters.model_validate_json(filters_json), _Masks(self)))
+        filters = MetadataFilters.model_validate_json(filters_json)
+        return Selection(select(filters, _Masks(self)), tenants.of_all(filters))
 
 
 def _a_byte_for_each(mask: Mask) -> bytes:
     return np.unpackbits(mask, bitorder="little").tobytes()
-
-
-def _scored(similarities: Any, rows: Any) -> list[tuple[int, float]]:
-    found = rows[0] >= 0
-    return list(zip(rows[0][found].tolist(), similarities[0][found].tolist(), strict=True))
-
-
-def _by_score(scored: tuple[int, float]) -> tuple[float, int]:
-    return -scored[1], scored[0]
 
 
 def _above(scored: list[tuple[int, float]], cutoff: float | None) -> list[tuple[int, float]]:

@@ -47,6 +47,16 @@ def within(identity: Identity, asked: MetadataFilters | None) -> MetadataFilters
     return MetadataFilters(filters=[*own.filters, asked], condition=FilterCondition.AND)
 
 
+def of_all(filters: MetadataFilters) -> str | None:
+    """Whose all nodes are that the filters leave; None where they do not say it outright."""
+    if filters.condition != FilterCondition.AND:
+        return None
+    for one in filters.filters:
+        if isinstance(one, MetadataFilter) and one.key == TENANT and one.operator == FilterOperator.EQ:
+            return one.value if isinstance(one.value, str) else None
+    return None
+
+
 def mark(document: Document) -> None:
     """Writes into a document, and so into its nodes, whose it is: the first folder of its path. Neither the embedding
     nor the LLM sees it. Raises NoFolderError.

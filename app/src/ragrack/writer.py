@@ -14,7 +14,7 @@ import operator
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import numpy as np
 from llama_index.core.schema import BaseNode
 
 from ragrack.catalog import Nodes
+from ragrack.faiss_vectors import VECTORS
 from ragrack.readonly import Written
 from ragrack.snapshot import FileEntry, file_sha256
-from ragrack.store import NODES, VECTORS, connect, plain
+from ragrack.store import NODES, connect, plain
 from ragrack.stored import StoredNode
 
 # Its stubs know neither its Python constructors nor all of its classes.
@@ -78,22 +79,31 @@ def write_snapshot_files(nodes: Iterable[BaseNode], count: int, dimensions: int,
     """
     vectors = out_dir / ".vectors.f32"
     try:
-        with contextlib.closing(_writable(out_dir / NODES)) as connection:
-            connection.executescript(SCHEMA)
-            written = 0
-            with vectors.open("wb") as file:
-                for row, node in enumerate(nodes):
-                    file.write(np.array(_embedding(node, dimensions), dtype=np.float32).tobytes())
-                    _insert(connection, row, StoredNode.of(node))
-                    written += 1
-            if written != count:
-                raise ValueError(f"{count} nodes were promised, {written} came")
-            connection.execute("INSERT INTO node_text (node_text) VALUES ('rebuild')")
-            connection.execute("INSERT INTO extent VALUES (?, NULL)", (count,))
-            connection.commit()
+        with vectors.open("wb") as file:
+
+            def take(row: int, node: BaseNode) -> None:
+                file.write(np.array(embedding_of(node, dimensions), dtype=np.float32).tobytes())
+
+            write_nodes(nodes, count, out_dir, take)
         return _finished(_index(vectors, count, dimensions), count, out_dir)
     finally:
         vectors.unlink(missing_ok=True)
+
+
+def write_nodes(nodes: Iterable[BaseNode], count: int, out_dir: Path, take: Callable[[int, BaseNode], None]) -> None:
+    """Writes all but the vectors; `take` is given each node with the number of its row, in their order."""
+    with contextlib.closing(_writable(out_dir / NODES)) as connection:
+        connection.executescript(SCHEMA)
+        written = 0
+        for row, node in enumerate(nodes):
+            take(row, node)
+            _insert(connection, row, StoredNode.of(node))
+            written += 1
+        if written != count:
+            raise ValueError(f"{count} nodes were promised, {written} came")
+        connection.execute("INSERT INTO node_text (node_text) VALUES ('rebuild')")
+        connection.execute("INSERT INTO extent VALUES (?, NULL)", (count,))
+        connection.commit()
 
 
 def update_snapshot_files(parent: Path, nodes: Nodes, out_dir: Path) -> Written | None:
@@ -128,7 +138,7 @@ def update_snapshot_files(parent: Path, nodes: Nodes, out_dir: Path) -> Written 
             _remove(connection, row)
         batch: list[list[float]] = []
         for row, node in enumerate(nodes.some(new), start=rows):
-            batch.append(_embedding(node, graph.d))
+            batch.append(embedding_of(node, graph.d))
             stored_node = StoredNode.of(node)
             _insert(connection, row, stored_node)
             connection.execute("INSERT INTO node_text (rowid, text) VALUES (?, ?)", (row, stored_node.text))
@@ -164,8 +174,12 @@ def _finished(index: Any, count: int, out_dir: Path) -> Written:
         faiss.write_index(index, str(out_dir / VECTORS))
     except RuntimeError as error:
         raise OSError(str(error)) from error
-    files = {name: FileEntry(file_sha256(out_dir / name), (out_dir / name).stat().st_size) for name in (VECTORS, NODES)}
-    return Written("hnsw" if isinstance(index, faiss.IndexHNSW) else "flat", count, files)
+    return Written("hnsw" if isinstance(index, faiss.IndexHNSW) else "flat", count, entries(out_dir, VECTORS, NODES))
+
+
+def entries(out_dir: Path, *names: str) -> dict[str, FileEntry]:
+    """Of files in it, as a manifest has them."""
+    return {name: FileEntry(file_sha256(out_dir / name), (out_dir / name).stat().st_size) for name in names}
 
 
 def _index(vectors: Path, count: int, dimensions: int) -> Any:
@@ -187,7 +201,7 @@ def _batches(vectors: Path, dimensions: int) -> Iterator[Any]:
             yield batch.reshape(-1, dimensions)
 
 
-def _embedding(node: BaseNode, dimensions: int) -> list[float]:
+def embedding_of(node: BaseNode, dimensions: int) -> list[float]:
     if node.embedding is None or len(node.embedding) != dimensions:
         raise ValueError(f"node {node.node_id} has no embedding of {dimensions} dimensions")
     return node.embedding
