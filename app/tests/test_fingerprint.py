@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,15 @@ def test_it_is_the_same_for_the_same_settings_and_model(settings: Settings) -> N
 def test_it_differs_by_what_an_index_depends_on(settings: Settings, change: dict[str, object]) -> None:
     other = Settings.model_validate(settings.model_dump() | change)
     assert Fingerprint.of(settings).digest != Fingerprint.of(other).digest
+
+
+def test_one_with_vectors_elsewhere_is_another_and_the_others_are_what_they_were(settings: Settings) -> None:
+    fingerprint = Fingerprint.of(settings)
+    here = asdict(fingerprint)
+    assert here.pop("vectors") == ""
+    assert fingerprint.digest == hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:16]
+    there = settings.model_copy(update={"vector_store": "qdrant"})
+    assert Fingerprint.of(there).digest != fingerprint.digest
 
 
 def test_it_differs_by_the_weights(settings: Settings, tmp_path: Path) -> None:

@@ -407,3 +407,36 @@ def test_postgres_over_the_network_needs_a_password_and_a_readable_ca(host: dict
     assert left == []
     assert settings is not None
     assert "secret" not in repr(settings)
+
+
+QDRANT = {"vector_store": "qdrant", "qdrant_url": "https://qdrant.example.org:6333"}
+
+
+@pytest.mark.parametrize("url", [QDRANT["qdrant_url"], "http://127.0.0.1:6333", "https://[2001:db8::1]:6333"])
+def test_qdrant_is_found_by_its_url(url: str) -> None:
+    assert problems(**QDRANT | {"qdrant_url": url}) == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("", "is not set, but RAGRACK_VECTOR_STORE=qdrant needs it"),
+        ("http://qdrant.example.org:6333", "is not https"),
+        ("https://user:secret@qdrant.example.org:6333", "holds a user name or password"),
+        ("qdrant.example.org", "valid URL"),
+    ],
+)
+def test_what_qdrant_needs_is_told(url: str, problem: str) -> None:
+    found = problems(**QDRANT | {"qdrant_url": url})
+    assert set(found) == {"RAGRACK_QDRANT_URL"}
+    assert problem in found["RAGRACK_QDRANT_URL"].problem
+    assert "secret@" not in str(found["RAGRACK_QDRANT_URL"])
+
+
+def test_qdrant_without_its_client_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environ = GOOD | {f"RAGRACK_{name.upper()}": value for name, value in QDRANT.items()}
+    environ["RAGRACK_EMBED_MODEL_DIR"] = str(tmp_path)
+    assert "RAGRACK_QDRANT_URL" not in {problem.variable for problem in examine(environ, on_host=True)[1]}
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    found = {problem.variable: problem for problem in examine(environ, on_host=True)[1]}
+    assert "ragrack[qdrant]" in found["RAGRACK_QDRANT_URL"].mend

@@ -1,14 +1,18 @@
-"""Where the snapshots of a collection are kept: in directories of this host, or in PostgreSQL for all hosts.
+"""Where the snapshots of a collection are kept: in directories of this host, with their vectors there too or in Qdrant,
+or in PostgreSQL for all hosts.
 
-What serves, builds, lists and goes back knows only what is here. Nothing of PostgreSQL is imported unless the settings
-name it.
+What serves, builds, lists and goes back knows only what is here. Nothing of PostgreSQL or Qdrant is imported unless the
+settings name it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ragrack.snapshot import SnapshotError
 
 if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
@@ -125,11 +129,14 @@ class Snapshots(Protocol):
 
 def snapshots(settings: Settings, collection: str, fingerprint: str, kept_in: str | None = None) -> Snapshots:
     """Those of a collection in the settings' store, or in the one that `kept_in` names."""
-    if (kept_in or settings.vector_store) == "postgres":
+    kept_in = kept_in or settings.vector_store
+    if kept_in == "postgres":
         from ragrack.postgres_client import database
         from ragrack.postgres_snapshots import PostgresSnapshots
 
         return PostgresSnapshots(database(settings), collection, fingerprint)
+    if kept_in == "qdrant":
+        return _in_qdrant(settings)(collection, fingerprint)
     from ragrack.embedded import EmbeddedSnapshots
 
     return EmbeddedSnapshots(settings.index_dir, collection, fingerprint)
@@ -144,4 +151,20 @@ def every(settings: Settings) -> Sequence[Snapshots]:
         return PostgresSnapshots.every(database(settings))
     from ragrack.embedded import EmbeddedSnapshots
 
-    return EmbeddedSnapshots.all(settings.index_dir)
+    there = EmbeddedSnapshots.all(settings.index_dir)
+    if settings.qdrant_url is None:
+        return there
+    # Those that have none of their vectors there too: which they are, their manifests say.
+    made = _in_qdrant(settings)
+    return [made(one.collection, one.fingerprint) for one in there]
+
+
+def _in_qdrant(settings: Settings) -> Callable[[str, str], Snapshots]:
+    try:
+        from ragrack.qdrant_snapshots import QdrantSnapshots
+        from ragrack.qdrant_vectors import Server
+    except ModuleNotFoundError as error:
+        raise SnapshotError(
+            "RAGRACK_QDRANT_URL needs the extra `qdrant`, which is not installed: install `ragrack[qdrant]`"
+        ) from error
+    return functools.partial(QdrantSnapshots, Server.of(settings), settings.index_dir)

@@ -37,13 +37,13 @@ class EmbeddedSnapshots(SnapshotDir):
         return SnapshotVectorStore.open(self.get(snapshot_id).path, threads)
 
     @contextlib.contextmanager
-    def draft(self) -> Iterator[_Draft]:
+    def draft(self) -> Iterator[DirectoryDraft]:
         with self.new() as path:
-            yield _Draft(self, path)
+            yield DirectoryDraft(self, path)
 
 
 @dataclass(frozen=True)
-class _Draft:
+class DirectoryDraft:
     directory: EmbeddedSnapshots
     path: Path
 

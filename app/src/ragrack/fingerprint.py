@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 """Raise it when the files of a snapshot, or the text that the readers draw from a document, change."""
+
+QDRANT = "qdrant"
 
 
 class ModelError(ValueError):
@@ -30,12 +32,22 @@ class Fingerprint:
     chunk_size: int
     chunk_overlap: int
     tenants: str
+    vectors: str = ""
+    """Where they are if not beside the nodes."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def digest(self) -> str:
         """16 hex digits: the name of the directory that holds the snapshots."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        parts = asdict(self)
+        if not self.vectors:
+            del parts["vectors"]  # as it was before there was a choice
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def elsewhere(self) -> Fingerprint:
+        """Of the same nodes and vectors, kept the other way."""
+        return replace(self, vectors="" if self.vectors else QDRANT)
 
     @classmethod
     def of(cls, settings: Settings, model_dir: Path | None = None) -> Fingerprint:
@@ -57,6 +69,7 @@ class Fingerprint:
             chunk_size=settings.chunk_size,
             chunk_overlap=settings.chunk_overlap,
             tenants=settings.tenants,
+            vectors=QDRANT if settings.vector_store == QDRANT else "",
         )
 
 

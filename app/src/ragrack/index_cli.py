@@ -26,7 +26,7 @@ from ragrack.embedded import EmbeddedSnapshots
 from ragrack.lock import BusyError, building
 from ragrack.needed import unneeded
 from ragrack.settings import Settings, SettingsError
-from ragrack.snapshot import Hold, SnapshotError
+from ragrack.snapshot import Hold, SnapshotError, UnavailableError
 
 
 def add_commands(commands: Any) -> None:
@@ -199,9 +199,9 @@ def _prune(arguments: argparse.Namespace) -> int:
         there = [*catalog.every(settings)]
     except SnapshotError as error:
         raise RefusedError(str(error)) from error
-    if settings.vector_store != "embedded":
+    if settings.vector_store == "postgres":
         # What has been staged for an index lies on this host, wherever the index is.
-        there += EmbeddedSnapshots.all(settings.index_dir)
+        there += catalog.every(settings.model_copy(update={"vector_store": "embedded"}))
     indexes, notes = unneeded(there, release.parent if release else None)
     if not arguments.dry_run:
         indexes = [directory for directory in indexes if _discarded(settings, directory, notes)]
@@ -227,7 +227,7 @@ def _discarded(settings: Settings, directory: Snapshots, notes: list[str]) -> bo
     try:
         with building(settings.index_dir, directory.collection):
             directory.discard()
-    except BusyError as error:
+    except (BusyError, UnavailableError) as error:
         notes.append(f"{directory.collection} {directory.fingerprint} stays: {error}")
         return False
     return True
@@ -272,6 +272,8 @@ def _move(arguments: argparse.Namespace) -> int:
     settings = settings_here()
     if arguments.to == "postgres" and not settings.postgres_hosts:
         raise RefusedError("RAGRACK_POSTGRES_HOSTS is not set: it says where PostgreSQL is")
+    if settings.vector_store == "qdrant":
+        raise RefusedError("an index with vectors in Qdrant has a fingerprint of its own: deploy for the other store")
     act_as_owner(settings.index_dir)
     failed = 0
     for name in collections_of(settings, arguments.collection):

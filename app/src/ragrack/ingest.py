@@ -31,7 +31,7 @@ from ragrack.publish import PublishError, publish, staged_at
 from ragrack.readers import DocumentReader, ReaderError
 from ragrack.remote import EmbeddingUnavailableError
 from ragrack.snapshot import SnapshotError
-from ragrack.staging import Staging
+from ragrack.staging import Staging, copy
 
 if TYPE_CHECKING:
     from ragrack.settings import Settings
@@ -71,6 +71,7 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
             threads = settings.ingest_threads or len(os.sched_getaffinity(0))
             embedding = open_embedding(settings, threads)
             stack.callback(embedding.close)
+            _take_over(staged_at(settings, collection, fingerprint.elsewhere.digest), staged)
             staging = Staging(staged)
             stack.callback(staging.close)
             limits = Limits.of(settings)
@@ -90,6 +91,14 @@ def ingest(settings: Settings, collection: str, progress: Progress) -> Snapshot:
         raise IngestError(f"cannot write below {settings.index_dir}: {error}") from error
     progress("done", 1, 1, outcome.words())
     return outcome.snapshot
+
+
+def _take_over(before: Path, staged: Path) -> None:
+    """What is staged for an index of the same nodes that is kept another way need not be embedded again."""
+    if before.exists() and not staged.exists():
+        # What cannot be copied is embedded anew.
+        with contextlib.suppress(sqlite3.Error):
+            copy(before, staged)
 
 
 def _stage(

@@ -29,6 +29,8 @@ def import_all(settings: Settings) -> None:
     }
     for provider in named:
         importlib.import_module(PROVIDERS[provider])
+    if settings.vector_store == "qdrant":
+        importlib.import_module("ragrack.qdrant_snapshots")
     if settings.vector_store == "postgres":
         importlib.import_module("ragrack.postgres_snapshots")
         importlib.import_module("ragrack.postgres_store")

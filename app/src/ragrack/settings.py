@@ -7,6 +7,7 @@ start all read it. Nothing here imports LlamaIndex, so a check costs no more tha
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import re
@@ -31,6 +32,7 @@ SECRETS = {
     "llm_api_key": "credentials_llm_api_key",
     "llm_fallback_api_key": "credentials_llm_fallback_api_key",
     "postgres_password": "credentials_postgres_password",
+    "qdrant_api_key": "credentials_qdrant_api_key",
 }
 PGVECTOR_DIMENSIONS = 4000
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -211,9 +213,10 @@ class Settings(BaseSettings):
         examples=["5"],
     )
 
-    vector_store: Literal["embedded", "postgres"] = Field(
+    vector_store: Literal["embedded", "postgres", "qdrant"] = Field(
         "embedded",
-        description="Where nodes and vectors are: in files of each host, or in PostgreSQL with pgvector for all hosts.",
+        description="Where nodes and vectors are: in files of each host; in PostgreSQL with pgvector for all hosts; "
+        "or nodes in files of each host and vectors in Qdrant (needs the extra `qdrant`).",
         examples=["postgres"],
     )
     postgres_hosts: Annotated[tuple[PostgresHost, ...], NoDecode, BeforeValidator(_split)] = Field(
@@ -237,6 +240,17 @@ class Settings(BaseSettings):
     postgres_timeout: float = Field(
         5, gt=0, le=600, description="Seconds that PostgreSQL has for a query.", examples=["5"]
     )
+
+    qdrant_url: AnyHttpUrl | None = Field(
+        None,
+        description="URL of a Qdrant server, with its port. Left here by a release that does not use it, old indexes "
+        "are removed there too.",
+        examples=["https://qdrant.example.org:6333"],
+    )
+    qdrant_api_key: SecretStr | None = Field(
+        None, description="Key of that server: the systemd credential `credentials_qdrant_api_key`, never a variable."
+    )
+    qdrant_timeout: int = Field(5, ge=1, le=600, description="Seconds that Qdrant has for a query.", examples=["5"])
 
     top_k: int = Field(5, ge=1, le=50, description="Nodes retrieved for a query that does not say.", examples=["5"])
     similarity_cutoff: float = Field(
@@ -691,15 +705,16 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
                 f"give at most {settings.chunk_size // 2}",
             ),
         )
-    for upstream in ("embed", "llm", "llm_fallback"):
-        at: AnyHttpUrl | None = getattr(settings, f"{upstream}_base_url")
+    keyed = {f"{upstream}_base_url": f"{upstream}_api_key" for upstream in ("embed", "llm", "llm_fallback")}
+    for name, key in (keyed | {"qdrant_url": "qdrant_api_key"}).items():
+        at: AnyHttpUrl | None = getattr(settings, name)
         if at is not None and (at.username or at.password):
             yield (
-                (f"{upstream}_base_url",),
+                (name,),
                 Problem(
-                    variable(f"{upstream}_base_url"),
+                    variable(name),
                     "holds a user name or password, and an environment is no place for secrets",
-                    f"take it out and give the key as the systemd credential {SECRETS[f'{upstream}_api_key']}",
+                    f"take it out and give the key as the systemd credential {SECRETS[key]}",
                 ),
             )
     if not own:
@@ -712,6 +727,7 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
     yield from _jwt(settings)
     if settings.vector_store == "postgres":
         yield from _postgres(settings)
+    yield from _qdrant(settings)
     if settings.answer == "generate":
         for name in ("llm_base_url", "llm_model"):
             if getattr(settings, name) is None:
@@ -795,6 +811,21 @@ def _postgres(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
         )
 
 
+def _qdrant(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    if settings.vector_store == "qdrant":
+        yield from _needed(settings, "vector_store", ("qdrant_url",))
+    url = settings.qdrant_url
+    if url is not None and url.scheme != "https" and url.host not in LOOPBACK:
+        yield (
+            ("qdrant_url",),
+            Problem(
+                variable("qdrant_url"),
+                f"'{url}' is not https: whoever is on the way could read the key, and the questions' vectors",
+                "give the server a certificate that the hosts trust, and its https URL",
+            ),
+        )
+
+
 def _jwt(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
     together = ("jwt_issuer", "jwt_audience", "jwt_jwks_url")
     given = [name for name in together if getattr(settings, name) is not None]
@@ -839,6 +870,15 @@ def _on_host(settings: Settings) -> Iterator[tuple[str, Problem]]:
         )
     if settings.vector_store == "postgres":
         yield from _postgres_credentials(settings)
+    if settings.qdrant_url is not None and importlib.util.find_spec("qdrant_client") is None:
+        yield (
+            "qdrant_url",
+            Problem(
+                variable("qdrant_url"),
+                "needs the extra `qdrant`, which is not installed",
+                "install `ragrack[qdrant]`; a deploy with app_qdrant_url brings it",
+            ),
+        )
     yield from _dimensions(settings)
     if settings.tokenizer is not None:
         yield from _tokenizer(settings, settings.tokenizer)
@@ -889,7 +929,7 @@ def _dimensions(settings: Settings) -> Iterator[tuple[str, Problem]]:
     if given is not None and given != fingerprint.dimensions:
         problem = f"{given}, but the embedding model's vectors have {fingerprint.dimensions}"
         yield "embed_dimensions", Problem(variable("embed_dimensions"), problem, "leave it out, or give that number")
-    for name in settings.collections if settings.vector_store == "embedded" else ():
+    for name in settings.collections if settings.vector_store != "postgres" else ():
         try:
             current = SnapshotDir(settings.index_dir, name, fingerprint.digest).current()
         except (SnapshotError, OSError):

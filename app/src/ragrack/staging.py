@@ -21,6 +21,7 @@ from llama_index.core.storage.kvstore.types import DEFAULT_BATCH_SIZE, DEFAULT_C
 from llama_index.core.vector_stores.types import BasePydanticVectorStore, VectorStoreQuery, VectorStoreQueryResult
 from pydantic import PrivateAttr
 
+from ragrack.snapshot import fsync
 from ragrack.stored import StoredNode
 
 SCHEMA = """
@@ -119,6 +120,19 @@ class Staging:
     def some(self, node_ids: Sequence[str]) -> Iterator[BaseNode]:
         """The nodes with these ids, as `nodes` gives them."""
         return map(_node, self._connection.execute(_SOME, (json.dumps(node_ids),)))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Whole or not at all. Raises sqlite3.Error."""
+    aside = target.with_name(f".{target.name}")
+    aside.unlink(missing_ok=True)
+    with (
+        contextlib.closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as read,
+        contextlib.closing(sqlite3.connect(aside)) as written,
+    ):
+        read.backup(written)
+    fsync(aside)
+    aside.replace(target)
 
 
 class StagingVectorStore(BasePydanticVectorStore):

@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the tests of a run, and a store of each kind to put nodes into."""
+"""A PostgreSQL server and one that stands in for Qdrant, for the tests of a run, and a store of each kind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ragrack.settings import Settings
 from testhosts import runs
 from testhosts.shell import UnsuitableMachineError
 
+from .qdrant_server import QdrantServer
 from .server import Server, installed
 from .suite import publish
 
-STORES = ["embedded", pytest.param("postgres", marks=pytest.mark.hosts)]
+STORES = ["embedded", "qdrant", pytest.param("postgres", marks=pytest.mark.hosts)]
 Make = Callable[[Sequence[TextNode]], Snapshots]
 
 
@@ -43,6 +44,18 @@ def postgres() -> Iterator[Server]:
         shutil.rmtree(directory)
 
 
+@pytest.fixture(scope="session")
+def qdrant() -> Iterator[QdrantServer]:
+    server = QdrantServer()
+    server.start()
+    yield server
+    server.kill()
+
+
+def qdrant_settings(server: QdrantServer) -> dict[str, object]:
+    return {"vector_store": "qdrant", "qdrant_url": server.url, "qdrant_api_key": server.key}
+
+
 def database_settings(server: Server, *others: Server) -> dict[str, object]:
     """What a `Settings` must have to find it."""
     return {
@@ -61,7 +74,11 @@ def kept_in(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def store_settings(kept_in: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    more = database_settings(request.getfixturevalue("postgres")) if kept_in == "postgres" else {}
+    more: dict[str, object] = {}
+    if kept_in == "postgres":
+        more = database_settings(request.getfixturevalue("postgres"))
+    if kept_in == "qdrant":
+        more = qdrant_settings(request.getfixturevalue("qdrant"))
     return Settings.model_validate({"collections": ("manual",), "index_dir": tmp_path_factory.mktemp("indexes")} | more)
 
 

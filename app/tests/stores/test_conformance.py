@@ -15,6 +15,7 @@ import pytest
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryMode
+from pydantic import SecretStr
 from ragrack import catalog
 from ragrack.catalog import Snapshots
 from ragrack.embedding import MiniLMEmbedding
@@ -405,7 +406,8 @@ def test_forked_processes_answer_alike_beside_the_one_that_forked(
 
 
 def test_processes_of_their_own_answer_alike(few: Snapshots, store_settings: Settings) -> None:
-    values = store_settings.model_dump(mode="json") | {"postgres_password": _password(store_settings)}
+    keys = {name: secret.get_secret_value() for name, secret in store_settings if isinstance(secret, SecretStr)}
+    values = store_settings.model_dump(mode="json") | keys
     script = f"""
 import json
 from ragrack import catalog
@@ -418,7 +420,3 @@ print(sorted(node.node_id for node in snapshots.open(snapshots.current_id()).get
     answers = {worker.communicate(timeout=600)[0] for worker in workers}
     assert [worker.returncode for worker in workers] == [0, 0, 0]
     assert len(answers) == 1
-
-
-def _password(settings: Settings) -> str | None:
-    return settings.postgres_password.get_secret_value() if settings.postgres_password else None
