@@ -32,6 +32,11 @@ options:
     type: str
     choices: [x86_64, aarch64]
     default: x86_64
+  extras:
+    description: Extras of the app that its third-party packages include, as C(qdrant).
+    type: list
+    elements: str
+    default: []
   keep:
     description: How many artifacts to keep in O(out_dir).
     type: int
@@ -72,7 +77,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +113,8 @@ def source_files(project: Path) -> list[Path]:
     return [*fixed, *sorted(package)]
 
 
-def input_key(project: Path, pythons: list[str], architecture: str) -> str:
-    digest = hashlib.sha256(json.dumps([BUILDER, pythons, architecture]).encode())
+def input_key(project: Path, pythons: list[str], architecture: str, extras: list[str]) -> str:
+    digest = hashlib.sha256(json.dumps([BUILDER, pythons, architecture, *extras]).encode())
     for path in source_files(project):
         digest.update(f"{path.relative_to(project)} {sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
@@ -135,12 +140,13 @@ def build_lock(out: Path) -> Iterator[None]:
         yield
 
 
-def requirements(project: Path, python: str, architecture: str) -> str:
+def requirements(project: Path, python: str, architecture: str, extras: Sequence[str] = ()) -> str:
     """The lock, narrowed to one Python and platform: `name==version --hash=...` lines."""
     exported = run(
         [
             *(uv(), "export", "--frozen", "--package", "ragrack", "--no-dev", "--no-emit-workspace", "--no-header"),
             *("--no-annotate", "--format", "requirements-txt", "--directory", str(project)),
+            *(f"--extra={name}" for name in extras),
         ]
     )
     # pip evaluates markers for the Python it runs on, not for the one it downloads for, so uv narrows them first.
@@ -219,7 +225,9 @@ def place(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def build(project: Path, out: Path, pythons: list[str], architecture: str) -> tuple[Path, dict[str, float]]:
+def build(
+    project: Path, out: Path, pythons: list[str], architecture: str, extras: list[str]
+) -> tuple[Path, dict[str, float]]:
     seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -237,7 +245,7 @@ def build(project: Path, out: Path, pythons: list[str], architecture: str) -> tu
         place(wheel, scratch / "app" / wheel.name)
     with timed("wheels"):
         for python in pythons:
-            listed = requirements(project, python, architecture)
+            listed = requirements(project, python, architecture, extras)
             (scratch / f"requirements-{python}.txt").write_text(listed)
             for path in download(listed, python, architecture, out / "wheels")[0]:
                 if not (scratch / "wheels" / path.name).exists():
@@ -276,17 +284,19 @@ def prune(out: Path, keep: int, live: Path) -> None:
             listing.unlink()
 
 
-def ensure(project: Path, out: Path, pythons: list[str], architecture: str, keep: int) -> dict[str, Any]:
+def ensure(
+    project: Path, out: Path, pythons: list[str], architecture: str, keep: int, extras: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the artifact of these sources, building it where it is not there yet."""
     for name in ("artifacts", "inputs", "wheels"):
         (out / name).mkdir(parents=True, exist_ok=True)
     with build_lock(out):
-        pointer = out / "inputs" / input_key(project, pythons, architecture)
+        pointer = out / "inputs" / input_key(project, pythons, architecture, sorted(extras))
         path = out / "artifacts" / pointer.read_text().strip() if pointer.exists() else None
         seconds: dict[str, float] = {}
         built = path is None or not (path / "manifest.json").exists()
         if path is None or built:
-            path, seconds = build(project, out, pythons, architecture)
+            path, seconds = build(project, out, pythons, architecture, sorted(extras))
             aside = pointer.with_name(f".{pointer.name}")
             aside.write_text(path.name + "\n")
             aside.replace(pointer)
@@ -309,6 +319,7 @@ def main() -> None:
             "out_dir": {"type": "path", "required": True},
             "pythons": {"type": "list", "elements": "str", "required": True},
             "architecture": {"type": "str", "choices": ["x86_64", "aarch64"], "default": "x86_64"},
+            "extras": {"type": "list", "elements": "str", "default": []},
             "keep": {"type": "int", "default": 5},
         },
         supports_check_mode=True,
@@ -326,6 +337,7 @@ def main() -> None:
             pythons,
             module.params["architecture"],
             module.params["keep"],
+            module.params["extras"],
         )
     except WheelError as error:
         module.fail_json(msg=str(error))

@@ -81,3 +81,12 @@ def test_requirements_are_those_of_the_host_not_of_the_control_node(python: str,
     assert f"numpy=={numpy}" in listed
     assert "--hash=sha256:" in listed
     assert "ragrack" not in listed
+    assert "qdrant" not in listed
+
+
+def test_an_extra_is_in_the_artifact_that_asks_for_it() -> None:
+    listed = artifact.requirements(ROOT, "3.13", "x86_64", ["qdrant"])
+    assert "llama-index-vector-stores-qdrant==" in listed
+    assert "qdrant-client==" in listed
+    keys = {artifact.input_key(ROOT, ["3.13"], "x86_64", extras) for extras in ([], ["qdrant"])}
+    assert len(keys) == 2
