@@ -26,6 +26,7 @@ from ragrack.auth import ApiKey, Role, add_key, hash_key, write_gate_key
 from ragrack.ingest import ingest
 from ragrack.settings import Settings
 
+from ..stores.qdrant_server import QdrantServer
 from .conftest import running_app
 from .faulty import Call, answer, faulty_upstream, stream
 
@@ -63,10 +64,13 @@ async def says_back(call: Call) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(root: Path, model_dir: Path) -> AsyncIterator[tuple[FastAPI, Settings, httpx.AsyncClient]]:
+async def opened(
+    root: Path, model_dir: Path, store: dict[str, Any]
+) -> AsyncIterator[tuple[FastAPI, Settings, httpx.AsyncClient]]:
     async with faulty_upstream() as llm:
         llm.default = says_back
         made = Settings(
+            **store,
             collections=("house",),
             index_dir=root / "indexes",
             documents_dir=root / "documents",
@@ -88,8 +92,23 @@ async def opened(root: Path, model_dir: Path) -> AsyncIterator[tuple[FastAPI, Se
             yield app, made, client
 
 
+@pytest.fixture(scope="module", params=["embedded", "qdrant"])
+def store(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Where the house's vectors are."""
+    if request.param == "embedded":
+        yield {}
+        return
+    server = QdrantServer()
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        # The server is told the tenant, as for one with many nodes.
+        patch.setattr("ragrack.qdrant_vectors.NAMED", 0)
+        yield {"vector_store": "qdrant", "qdrant_url": server.url, "qdrant_api_key": server.key}
+    server.kill()
+
+
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[House]:
+def house(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, store: dict[str, Any]) -> Iterator[House]:
     root = tmp_path_factory.mktemp("house")
     (root / "run").mkdir()
     for tenant in TENANTS:
@@ -102,7 +121,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator
     write_gate_key(root / "run/gate.key")
     with asyncio.Runner() as runner:
         stack = contextlib.AsyncExitStack()
-        app, made, client = runner.run(stack.enter_async_context(opened(root, model_dir)))
+        app, made, client = runner.run(stack.enter_async_context(opened(root, model_dir, store)))
         yield House(app, made, runner, client, (root / "run/gate.key").read_text())
         runner.run(stack.aclose())
 
