@@ -8,11 +8,15 @@ import ssl
 import statistics
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import httpx
+
+Way = Callable[[httpx.AsyncClient, str], Awaitable[str | None]]
+"""Asks in its way, and says what was wrong with the answer."""
 
 
 @dataclass
@@ -36,15 +40,25 @@ class Count:
 class Load:
     """Clients in a thread of their own that POST /query to each URL until the block ends, 20 minutes at most.
 
-    Half of the clients keep their connection, half open one for each request: a switch can lose either kind.
+    Half of the clients keep their connection, half open one for each request: a switch can lose either kind. With
+    `streams`, each asks for a stream of events and GETs something, too, in turn.
     """
 
     def __init__(
-        self, urls: list[str], *, key: str, ca: Path, questions: list[str], clients: int = 4, pause: float = 0.1
+        self,
+        urls: list[str],
+        *,
+        key: str,
+        ca: Path,
+        questions: list[str],
+        clients: int = 4,
+        pause: float = 0.1,
+        streams: bool = False,
     ) -> None:
         self.count = Count()
         self._urls, self._key, self._ca, self._questions = urls, key, ca, questions
         self._clients, self._pause = clients, pause
+        self._ways = [_post, _stream, _get] if streams else [_post]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
@@ -71,22 +85,39 @@ class Load:
         )
         deadline = time.monotonic() + 1200
         async with client:
-            for question in itertools.cycle(self._questions):
+            for question, way in zip(itertools.cycle(self._questions), itertools.cycle(self._ways)):
                 if self._stop.is_set() or time.monotonic() > deadline:
                     return
-                await self._ask(client, question)
+                await self._ask(client, way, question)
                 await asyncio.sleep(self._pause)
 
-    async def _ask(self, client: httpx.AsyncClient, question: str) -> None:
+    async def _ask(self, client: httpx.AsyncClient, way: Way, question: str) -> None:
         begun = time.monotonic()
         try:
-            response = await client.post("/query", json={"query": question})
+            problem = await way(client, question)
         except httpx.TransportError as error:
-            self.count.failures.append(f"{type(error).__name__}: {error}")
-            return
-        if response.status_code != httpx.codes.OK:
-            self.count.failures.append(f"{response.status_code}: {response.text[:200]}")
-        elif not response.json()["response"]:
-            self.count.failures.append("an empty answer")
-        else:
+            problem = f"{type(error).__name__}: {error}"
+        if problem is None:
             self.count.seconds.append(time.monotonic() - begun)
+        else:
+            self.count.failures.append(problem)
+
+
+async def _post(client: httpx.AsyncClient, question: str) -> str | None:
+    response = await client.post("/query", json={"query": question})
+    if response.status_code != httpx.codes.OK:
+        return f"{response.status_code}: {response.text[:200]}"
+    return None if response.json()["response"] else "an empty answer"
+
+
+async def _stream(client: httpx.AsyncClient, question: str) -> str | None:
+    async with client.stream("POST", "/query", json={"query": question, "stream": True}) as response:
+        if response.status_code != httpx.codes.OK:
+            return f"{response.status_code}, of a stream"
+        events = [line async for line in response.aiter_lines() if line.startswith("event: ")]
+    return None if events and events[-1] == "event: done" else f"a stream that was cut after {events[-1:]}"
+
+
+async def _get(client: httpx.AsyncClient, _: str) -> str | None:
+    response = await client.get("/v1/models")
+    return None if response.status_code == httpx.codes.OK else f"{response.status_code}: {response.text[:200]}"

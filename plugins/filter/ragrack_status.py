@@ -15,9 +15,15 @@ def ragrack_status_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     problems = [f"{name}: {problem}" for name, found in hosts.items() for problem in found.get("problems", [])]
     locks = [f"{name}: {found['lock']}" for name, found in hosts.items() if found.get("lock")]
+    drained = [
+        f"{name}: since {out['since']} by {out['who']} ({out['why']})"
+        for name, found in hosts.items()
+        if (out := found.get("drained"))
+    ]
     sections = [
         table,
         _titled("Problems", problems),
+        _titled("Drained", drained),
         _titled("Lock", locks or ["free"]),
         _titled("Last runs", _deploys(hosts)),
     ]

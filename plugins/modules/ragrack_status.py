@@ -19,6 +19,10 @@ options:
     description: Where the releases have their sockets.
     type: path
     default: /run/ragrack
+  drained:
+    description: The file that is there while edge hosts ask this host nothing.
+    type: path
+    default: /etc/ragrack/drained.json
   deploys:
     description: How many deploys, rollbacks and ingests of the history to return.
     type: int
@@ -50,6 +54,7 @@ indexes:
   elements: dict
   returned: always
 lock: {description: Who changes the fleet now, in words., type: str, returned: always}
+drained: {description: Since when and why edge hosts ask this host nothing., type: dict, returned: always}
 deploys: {description: The last lines of the audit log., type: list, elements: dict, returned: always}
 problems: {description: What is wrong, one sentence each., type: list, elements: str, returned: always}
 """
@@ -77,7 +82,7 @@ else:
 TIMEOUT_SECONDS = 5
 
 
-def status(root: Path, run_dir: Path, deploys: int) -> dict[str, Any]:
+def status(root: Path, run_dir: Path, drained: Path, deploys: int) -> dict[str, Any]:
     """What the module returns. Raises nothing for a host that is in a bad way: its problems are the answer."""
     releases = Releases(root)
     found: dict[str, Any] = {
@@ -86,11 +91,14 @@ def status(root: Path, run_dir: Path, deploys: int) -> dict[str, Any]:
         "state": "nothing deployed",
         "indexes": [],
         "lock": None,
+        "drained": None,
     }
     found |= {"deploys": [], "problems": []}
     with _noting(found["problems"]):
         holder = FleetLock(root).holder()
         found["lock"] = holder.words() if holder else None
+    with _noting(found["problems"]):
+        found["drained"] = json.loads(drained.read_text()) if drained.exists() else None
     with _noting(found["problems"]):
         audits = [event for event in releases.history.read() if event.get("event") == "audit"]
         found["deploys"] = audits[-deploys:] if deploys else []
@@ -140,7 +148,7 @@ def version(socket: Path) -> dict[str, Any]:
 def _noting(problems: list[str]) -> Iterator[None]:
     try:
         yield
-    except (StateError, OSError) as error:
+    except (StateError, OSError, ValueError) as error:
         problems.append(str(error))
 
 
@@ -149,6 +157,7 @@ def main() -> None:
         argument_spec={
             "root": {"type": "path", "default": "/opt/ragrack"},
             "run_dir": {"type": "path", "default": "/run/ragrack"},
+            "drained": {"type": "path", "default": "/etc/ragrack/drained.json"},
             "deploys": {"type": "int", "default": 5},
         },
         supports_check_mode=True,
@@ -156,7 +165,8 @@ def main() -> None:
     params = module.params
     if params["deploys"] < 0:
         module.fail_json(msg=f"deploys: {params['deploys']} is below 0")
-    module.exit_json(changed=False, **status(Path(params["root"]), Path(params["run_dir"]), params["deploys"]))
+    root, run_dir, drained = (Path(params[name]) for name in ("root", "run_dir", "drained"))
+    module.exit_json(changed=False, **status(root, run_dir, drained, params["deploys"]))
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def test_as_ansible_runs_them(host: Place) -> None:
 def test_status_of_a_host_that_serves_nothing(host: Place) -> None:
     first, second = publish(directory(host, "manual"), 1, 2)
     FleetLock(host.root).acquire(HOLDER)
-    found = ragrack_status.status(host.root, host.path / "run", 5)
+    found = ragrack_status.status(host.root, host.path / "run", host.path / "drained.json", 5)
     assert (found["release"], found["state"]) == (RELEASE, "not running")
     assert found["indexes"][0] == {
         "collection": "manual",
@@ -296,8 +296,20 @@ def test_status_of_a_host_that_serves_nothing(host: Place) -> None:
 
 
 def test_status_of_a_bare_host(tmp_path: Path) -> None:
-    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", 5)
+    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", 5)
     assert (found["state"], found["indexes"], found["problems"]) == ("nothing deployed", [], [])
+    assert found["drained"] is None
+
+
+def test_status_of_a_drained_host(tmp_path: Path) -> None:
+    drained = {"since": "2026-11-24T10:00:00Z", "who": "ann@control1", "why": "a new disk"}
+    (tmp_path / "drained.json").write_text(json.dumps(drained))
+    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", 5)
+    assert found["drained"] == drained
+    assert "app1: since 2026-11-24T10:00:00Z by ann@control1 (a new disk)" in ragrack_status_table({"app1": found})
+    (tmp_path / "drained.json").write_text("{")
+    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", 5)
+    assert found["problems"] != []
 
 
 def test_status_is_one_table() -> None:

@@ -15,6 +15,8 @@ from testhosts.shell import HostsError, run, succeeds, write
 SYSTEMD = Path("/run/systemd/system")  # is there where systemd is PID 1
 BOOT_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
+REBOOTS = 133
+"""With this systemd-nspawn asks its unit to be started again, as the machine has asked it (`--keep-unit`)."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,17 @@ class Machine:
         if SYSTEMD.is_dir():
             output = [f"--property=Standard{stream}=append:{self.console}" for stream in ("Output", "Error")]
             # Mixed: when this machine shuts down, systemd-nspawn is told, and tells the host.
-            life = ["--property=Delegate=yes", "--property=KillMode=mixed", "--collect", "--slice=machine.slice"]
+            restart = f"--property=RestartForceExitStatus={REBOOTS}"
+            life = [restart, "--property=Delegate=yes", "--property=KillMode=mixed", "--collect", "--slice=machine.slice"]
             variables = [f"--setenv={name}={value}" for name, value in environment.items()]
             return ["systemd-run", "--quiet", f"--unit={self.unit}", *life, *output, *variables]
         self.cgroup.mkdir(parents=True, exist_ok=True)
-        enter = 'echo $$ > "$1/cgroup.procs" && exec >> "$2" 2>&1 < /dev/null && shift 2 && exec "$@"'
+        # Not in that cgroup itself, as no process may be where cgroups below it are managed.
+        life = f'exec >> "$1" 2>&1 < /dev/null; shift; while "$@"; [ $? -eq {REBOOTS} ]; do :; done'
+        enter = 'find "$1" -mindepth 1 -depth -type d -delete; echo $$ > "$1/cgroup.procs" && shift && exec "$@"'
         variables = [f"{name}={value}" for name, value in environment.items()]
-        return ["setsid", "--fork", "sh", "-c", enter, "sh", str(self.cgroup), str(self.console), "env", *variables]
+        looped = ["setsid", "--fork", "sh", "-c", life, "sh", str(self.console)]
+        return [*looped, "sh", "-c", enter, "sh", str(self.cgroup), "env", *variables]
 
     @property
     def cgroup(self) -> Path:

@@ -1,0 +1,202 @@
+"""Edge hosts of their own over app hosts: nothing that is done to one host is seen by who asks.
+
+The tests tell one story and run in this order. Clients ask the shared address by POST, GET and streams from the first
+to the last.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import fleet
+import httpx
+import pytest
+from fleet import Host
+from load import Load
+
+EDGES, APPS = fleet.hosts("edge"), fleet.hosts()
+ADDRESS = EDGES[0].address.rsplit(".", 1)[0] + ".200"
+URL = f"https://{ADDRESS}"
+FLEET = "/etc/ragrack/tls/fleet"
+QUESTIONS = [entry["question"] for entry in fleet.questions()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load() -> Iterator[Load]:
+    with Load([URL], key=fleet.api_key(), ca=fleet.CA, questions=QUESTIONS, clients=4, streams=True) as running:
+        yield running
+
+
+def until(what: str, holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not come to pass in {seconds} s"
+        time.sleep(0.5)
+
+
+def served(edge: Host, since: str) -> dict[str, int]:
+    """How many requests each app host was given by an edge host since a time of its clock (ISO, in the host's zone)."""
+    lines = edge.run(f"awk -F'\"' '$4 >= \"{since}\"' /var/log/nginx/access.log").splitlines()
+    asked = [json.loads(line)["upstream"].rsplit(", ", 1)[-1].rsplit(":", 1)[0] for line in lines]
+    return {app.name: asked.count(app.address) for app in APPS}
+
+
+def now(host: Host) -> str:
+    return host.run("date --iso-8601=seconds")
+
+
+def holder() -> Host | None:
+    """The edge host that has the address."""
+    return next((e for e in EDGES if e.shell.run(f"ip -br address | grep -qw {ADDRESS}").rc == 0), None)
+
+
+def at_the_edge() -> Host:
+    host = holder()
+    assert host is not None, "no edge host has the address"
+    return host
+
+
+def asked_by(edge: Host, app: Host, path: str, certificate: str | None) -> int:
+    """The status that an app host's port for edge hosts gives."""
+    with_certificate = f".load_cert_chain('{certificate}/cert.pem', '{certificate}/key.pem')" if certificate else ""
+    code = f"""
+import http.client, ssl
+context = ssl.create_default_context(cafile='{FLEET}/ca.pem')
+{"context" + with_certificate if certificate else ""}
+connection = http.client.HTTPSConnection('{app.address}', 8443, context=context, timeout=10)
+connection.request('GET', '{path}')
+print(connection.getresponse().status)
+"""
+    return int(edge.run(f"python3 - <<'EOF'\n{code}\nEOF"))
+
+
+def test_the_edge_that_has_the_address_asks_all_app_hosts(load: Load) -> None:
+    edge = at_the_edge()
+    since = now(edge)
+    until("every app host's turn", lambda: 0 not in served(edge, since).values())
+
+
+def test_an_app_host_knows_who_asked(load: Load) -> None:
+    lines = APPS[0].run("tail -n 200 /var/log/nginx/access.log").splitlines()
+    asked = [json.loads(line) for line in lines]
+    clients = {one["client"] for one in asked if one["path"] == "/query"}
+    assert clients
+    assert clients.isdisjoint({edge.address for edge in EDGES})
+
+
+def test_only_who_has_a_certificate_of_the_fleet_is_answered() -> None:
+    assert asked_by(EDGES[0], APPS[0], "/readyz", FLEET) == httpx.codes.OK
+    assert asked_by(EDGES[0], APPS[0], "/readyz", None) == httpx.codes.BAD_REQUEST
+    # Clients know it by a certificate of another CA.
+    assert asked_by(EDGES[0], APPS[0], "/readyz", "/etc/ragrack/tls/default") == httpx.codes.BAD_REQUEST
+
+
+def test_documents_go_to_the_host_that_ingests() -> None:
+    edge = at_the_edge()
+    with httpx.Client(verify=False) as client:  # noqa: S501 - who answers is not what is asked here
+        client.get(f"{URL}/documents/postgres/none.md")
+    lines = edge.run("grep '/documents/' /var/log/nginx/access.log | tail -n 1")
+    assert json.loads(lines)["upstream"] == f"{fleet.ingesting().address}:8443"
+
+
+def test_a_deploy_and_a_rollback(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    [before] = {host.release for host in APPS}
+    played = fleet.play("deploy", variables={"app_top_k": 4})
+    assert played.status == 0, played.output
+    [after] = {host.release for host in APPS}
+    assert after != before
+    played = fleet.play("rollback")
+    assert played.status == 0, played.output
+    assert {host.release for host in APPS} == {before}
+    with capsys.disabled():
+        print(f"\nacross a deploy and a rollback: {load.count}")
+    assert load.count.failures == []
+
+
+def test_a_drained_host_gets_nothing_new(load: Load) -> None:
+    edge = at_the_edge()
+    played = fleet.play("drain", "--limit", APPS[1].name, variables={"nginx_drain_why": "a test"})
+    assert played.status == 0, played.output
+    again = fleet.play("drain", "--limit", APPS[1].name)
+    assert (again.status, again.changed) == (0, 0), again.output
+    assert json.loads(APPS[1].run("cat /etc/ragrack/drained.json"))["why"] == "a test"
+    assert asked_by(edge, APPS[1], "/query", FLEET) == httpx.codes.BAD_GATEWAY
+    time.sleep(1)
+    since = now(edge)
+    time.sleep(10)
+    given = served(edge, since)
+    assert given[APPS[1].name] == 0
+    assert min(given[APPS[0].name], given[APPS[2].name]) > 0
+    assert "a test" in fleet.play("status").output
+    refused = fleet.play("drain", "--limit", f"{APPS[0].name},{APPS[2].name}")
+    assert refused.status != 0
+    assert "no other host would answer in its place" in refused.output
+    assert APPS[0].shell.run("test -e /etc/ragrack/drained.json").rc != 0
+    played = fleet.play("undrain", "--limit", APPS[1].name)
+    assert played.status == 0, played.output
+    since = now(edge)
+    until("requests again", lambda: served(edge, since)[APPS[1].name] > 0)
+    assert load.count.failures == []
+
+
+def test_app_hosts_are_rebooted_one_after_the_other(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    boots = {host.name: host.run("cat /proc/sys/kernel/random/boot_id") for host in APPS}
+    played = fleet.play("reboot", "--limit", "app")
+    assert played.status == 0, played.output
+    for host in APPS:
+        assert host.run("cat /proc/sys/kernel/random/boot_id") != boots[host.name]
+    with capsys.disabled():
+        print(f"\nacross a reboot of every app host: {load.count}")
+    assert load.count.failures == []
+
+
+def test_an_edge_s_nginx_is_reloaded(load: Load) -> None:
+    """Whatever is asked by who keeps no connection is answered."""
+    for _ in range(3):
+        at_the_edge().run("systemctl reload nginx")
+        time.sleep(1)
+    load.count.failures.clear()
+
+
+def test_an_app_host_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet.machine("kill", APPS[2].name)
+    time.sleep(45)
+    within = list(load.count.failures)
+    time.sleep(10)
+    assert load.count.failures == within, "what fails is what was in flight when it died"
+    fleet.machine("start", APPS[2].name)
+    edge = at_the_edge()
+    since = now(edge)
+    until("its return", lambda: served(edge, since)[APPS[2].name] > 0)
+    with capsys.disabled():
+        print(f"\napp host killed: {within or 'nothing failed'}")
+    assert len(within) <= 4, within
+    load.count.failures.clear()
+
+
+def test_the_edge_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    dead = at_the_edge()
+    fleet.machine("kill", dead.name)
+    begun = time.monotonic()
+    until(
+        "the other's turn",
+        lambda: any(e is not dead and e.shell.run(f"ip -br address | grep -qw {ADDRESS}").rc == 0 for e in EDGES),
+    )
+    seconds = time.monotonic() - begun
+    time.sleep(35)
+    failed = list(load.count.failures)
+    load.count.failures.clear()
+    time.sleep(10)
+    with capsys.disabled():
+        print(
+            f"\nedge host killed: its address moved within {seconds:.0f} s, {len(failed)} requests failed;"
+            f" then {load.count}"
+        )
+    assert load.count.failures == []
+    fleet.machine("start", dead.name)
+    until("its return", lambda: dead.shell.run("systemctl is-active nginx keepalived").rc == 0)
+    time.sleep(5)
+    assert at_the_edge() is not dead, "it takes nothing back"
+    assert load.count.failures == []
