@@ -118,15 +118,21 @@ class Machine:
             output = [f"--property=Standard{stream}=append:{self.console}" for stream in ("Output", "Error")]
             # Mixed: when this machine shuts down, systemd-nspawn is told, and tells the host.
             restart = f"--property=RestartForceExitStatus={REBOOTS}"
-            life = [restart, "--property=Delegate=yes", "--property=KillMode=mixed", "--collect", "--slice=machine.slice"]
+            life = [
+                restart,
+                "--property=Delegate=yes",
+                "--property=KillMode=mixed",
+                "--collect",
+                "--slice=machine.slice",
+            ]
             variables = [f"--setenv={name}={value}" for name, value in environment.items()]
             return ["systemd-run", "--quiet", f"--unit={self.unit}", *life, *output, *variables]
         self.cgroup.mkdir(parents=True, exist_ok=True)
         # Not in that cgroup itself, as no process may be where cgroups below it are managed.
-        life = f'exec >> "$1" 2>&1 < /dev/null; shift; while "$@"; [ $? -eq {REBOOTS} ]; do :; done'
+        loop = f'exec >> "$1" 2>&1 < /dev/null; shift; while "$@"; [ $? -eq {REBOOTS} ]; do :; done'
         enter = 'find "$1" -mindepth 1 -depth -type d -delete; echo $$ > "$1/cgroup.procs" && shift && exec "$@"'
         variables = [f"{name}={value}" for name, value in environment.items()]
-        looped = ["setsid", "--fork", "sh", "-c", life, "sh", str(self.console)]
+        looped = ["setsid", "--fork", "sh", "-c", loop, "sh", str(self.console)]
         return [*looped, "sh", "-c", enter, "sh", str(self.cgroup), "env", *variables]
 
     @property
