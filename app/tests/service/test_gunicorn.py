@@ -103,6 +103,24 @@ def test_settings_that_do_not_hold_end_it_with_all_problems_and_no_socket(settin
     assert not settings.socket.exists()
 
 
+BEFORE_THE_FORK = """
+import gc, json, sys
+from ragrack import preload, settings
+preload.import_all(settings.load())
+print(json.dumps([gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects()), sorted(sys.modules)]))
+"""
+
+
+def test_workers_find_what_they_need_imported_and_their_collector_looks_at_their_own_alone(settings: Settings) -> None:
+    llm = environment(settings, RAGRACK_LLM_BASE_URL="http://127.0.0.1:9/v1", RAGRACK_LLM_MODEL="m")
+    command = [sys.executable, "-c", BEFORE_THE_FORK]
+    done = subprocess.run(command, env=llm, capture_output=True, text=True, timeout=60, check=True)
+    collects, frozen, looked_at, modules = json.loads(done.stdout)
+    assert collects
+    assert looked_at < frozen / 100
+    assert {"ragrack.api", "ragrack.store", "llama_index.llms.openai_like"} <= set(modules)
+
+
 GOLDEN = """
 k: 1
 questions:
