@@ -94,6 +94,15 @@ async def test_nothing_found_is_not_answered_there_either(client_of_openai: open
     assert (completion.model_extra or {})["sources"] == []
 
 
+@pytest.mark.parametrize("ids", [[1, 2], [[1, 2], [3]]])
+async def test_token_ids_of_another_model_are_refused_with_the_mend(
+    client_of_openai: openai.AsyncOpenAI, ids: list[int] | list[list[int]]
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False") as refused:
+        await client_of_openai.embeddings.create(model="all-minilm-l6-v2", input=ids)
+    assert refused.value.param == "input"
+
+
 async def test_embeddings_are_the_models_in_either_encoding(client_of_openai: openai.AsyncOpenAI) -> None:
     model = "all-minilm-l6-v2"
     # By default the client asks for base64 and decodes it.
@@ -112,7 +121,6 @@ ERRORS: list[tuple[type[openai.APIStatusError], str, dict[str, Any], str]] = [
     (openai.InternalServerError, "chat", {"model": "empty", "messages": CHAT}, ""),
     (openai.NotFoundError, "embeddings", {"model": "island", "input": "x"}, "model"),
     (openai.BadRequestError, "embeddings", {"model": "all-minilm-l6-v2", "input": "x", "dimensions": 7}, "dimensions"),
-    (openai.BadRequestError, "embeddings", {"model": "all-minilm-l6-v2", "input": [[1, 2]]}, "input"),
 ]
 
 

@@ -154,6 +154,15 @@ class EmbeddingsRequest(BaseModel):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: StrictInt | None = Field(None, description="If given, those that the model has.")
 
+    @field_validator("input", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        # Clients that send ids take them from OpenAI's tokenizer: to this model they would mean other words.
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, int | list):
+            raise ValueError("must be texts, not token ids (in LangChain: check_embedding_ctx_length=False)")
+        return value
+
 
 class Embedding(BaseModel):
     object: Literal["embedding"] = "embedding"
