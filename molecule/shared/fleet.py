@@ -42,6 +42,17 @@ class Played:
         return {host: {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", counts)} for host, counts in rows}
 
     @property
+    def changes(self) -> set[tuple[str, str]]:
+        """Which tasks changed, or in check mode would change, which hosts."""
+        found, task = set(), ""
+        for line in self.output.splitlines():
+            if named := re.match(r"(?:TASK|RUNNING HANDLER) \[(.*)\]", line):
+                task = named[1]
+            elif changed := re.match(r"changed: \[([^\] ]+)", line):
+                found.add((task, changed[1]))
+        return found
+
+    @property
     def changed(self) -> int:
         return sum(counts["changed"] for counts in self.recap.values())
 

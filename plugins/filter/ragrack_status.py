@@ -20,11 +20,19 @@ def ragrack_status_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
         for name, found in hosts.items()
         if (out := found.get("drained"))
     ]
+    certificates = [
+        f"{name}: " + ", ".join(f"{realm} {days} days" for realm, days in days_left.items())
+        for name, found in hosts.items()
+        if (days_left := found.get("certificates"))
+    ]
+    drift = [f"{name}: {file}" for name, found in hosts.items() for file in found.get("drift", [])]
     sections = [
         table,
         _titled("Problems", problems),
+        _titled("Not what was installed", drift),
         _titled("Drained", drained),
         _titled("Lock", locks or ["free"]),
+        _titled("Certificates", certificates),
         _titled("Last runs", _deploys(hosts)),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)

@@ -136,9 +136,7 @@ def staged(host: Host, stager: Stager, min_free_mb: int) -> Outcome:
         if stager.id in releases.all():
             return Outcome(facts={"env_built": False, "stage_seconds": {}})
         built = stager.build()
-        releases.history.append(
-            {"event": "staged", "release": stager.id, "who": host.who, "run": host.run, "what": host.what}
-        )
+        _note(host, "staged", stager.id)
     return Outcome(True, {"env_built": built, "stage_seconds": {"verify": verified, **stager.seconds}}, predicted)
 
 
@@ -196,6 +194,7 @@ def started(host: Host, release: str, timeout: float) -> Outcome:
     failed = wait_until_ready(host.systemd, unit, host.socket(release), timeout, host.ready)
     if failed is not None:
         raise _failed(host, release, f"release {release} did not start: {failed}", failed)
+    _note(host, "started", release)
     return Outcome(True, {"start_seconds": round(time.monotonic() - began, 3)}, predicted)
 
 
@@ -229,6 +228,8 @@ def gated(host: Host, release: str, collections: Sequence[str], timeout: float, 
         )
     if host.systemd.show(host.unit(release)).invocation != life.invocation:
         raise _failed(host, release, f"release {release} was restarted while it was asked", "gate: it was restarted")
+    if host.releases.gated_in(release) != life.invocation:
+        _note(host, "gated", release)
     host.releases.remember_gate(release, life.invocation)
     return Outcome(facts={"golden": reports})
 
@@ -368,6 +369,12 @@ def audit(host: Host, record: Mapping[str, Any]) -> Outcome:
         host.releases.root.mkdir(mode=0o755, parents=True, exist_ok=True)
         host.releases.history.append({"event": "audit", "who": host.who, "what": host.what, **record, "run": host.run})
     return Outcome()
+
+
+def _note(host: Host, event: str, release: str) -> None:
+    host.releases.history.append(
+        {"event": event, "release": release, "who": host.who, "run": host.run, "what": host.what}
+    )
 
 
 def _check_loaded(host: Host, unit: str) -> None:

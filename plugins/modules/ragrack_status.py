@@ -23,6 +23,10 @@ options:
     description: The file that is there while edge hosts ask this host nothing.
     type: path
     default: /etc/ragrack/drained.json
+  tls:
+    description: Where the certificates are, a directory for each realm.
+    type: path
+    default: /etc/ragrack/tls
   deploys:
     description: How many deploys, rollbacks and ingests of the history to return.
     type: int
@@ -56,11 +60,17 @@ indexes:
 lock: {description: Who changes the fleet now, in words., type: str, returned: always}
 drained: {description: Since when and why edge hosts ask this host nothing., type: dict, returned: always}
 deploys: {description: The last lines of the audit log., type: list, elements: dict, returned: always}
+timeline: {description: What those runs did on this host., type: list, elements: dict, returned: always}
+certificates: {description: Days that the certificate of each realm is still good., type: dict, returned: always}
+drift: {description: Files of the live release that were changed., type: list, elements: str, returned: always}
 problems: {description: What is wrong, one sentence each., type: list, elements: str, returned: always}
 """
 
 import http.client
 import json
+import ssl
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +92,7 @@ else:
 TIMEOUT_SECONDS = 5
 
 
-def status(root: Path, run_dir: Path, drained: Path, deploys: int) -> dict[str, Any]:
+def status(root: Path, run_dir: Path, drained: Path, tls: Path, deploys: int) -> dict[str, Any]:
     """What the module returns. Raises nothing for a host that is in a bad way: its problems are the answer."""
     releases = Releases(root)
     found: dict[str, Any] = {
@@ -93,19 +103,25 @@ def status(root: Path, run_dir: Path, drained: Path, deploys: int) -> dict[str, 
         "lock": None,
         "drained": None,
     }
-    found |= {"deploys": [], "problems": []}
+    found |= {"deploys": [], "timeline": [], "drift": [], "problems": []}
+    found["certificates"] = dict(_certificates(tls, found["problems"]))
     with _noting(found["problems"]):
         holder = FleetLock(root).holder()
         found["lock"] = holder.words() if holder else None
     with _noting(found["problems"]):
         found["drained"] = json.loads(drained.read_text()) if drained.exists() else None
     with _noting(found["problems"]):
-        audits = [event for event in releases.history.read() if event.get("event") == "audit"]
+        events = releases.history.read()
+        audits = [event for event in events if event.get("event") == "audit"]
         found["deploys"] = audits[-deploys:] if deploys else []
+        runs = {audit.get("run") for audit in found["deploys"]} - {None}
+        found["timeline"] = [event for event in events if event.get("run") in runs]
         found["release"] = releases.current()
         found["previous"] = releases.previous()
     if found["release"] is None:
         return found
+    with _noting(found["problems"]):
+        found["drift"] = drift(releases.path(found["release"]))
     socket = run_dir / found["release"] / "gunicorn.sock"
     unready = why_not_ready(socket)
     found["state"] = "ready" if unready is None else "not ready" if unready.startswith("not ready") else "not running"
@@ -144,6 +160,26 @@ def version(socket: Path) -> dict[str, Any]:
     return body
 
 
+def drift(release: Path) -> list[str]:
+    """The files that differ from the release's manifest, with what is wrong. Raises StateError."""
+    check = ["sha256sum", "--check", "--quiet", "--strict", "manifest.sha256"]
+    done = subprocess.run(check, cwd=release, capture_output=True, text=True, check=False)
+    if done.returncode and not done.stdout:
+        raise StateError(f"{release}: {done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+def _certificates(tls: Path, problems: list[str]) -> Iterator[tuple[str, int]]:
+    for path in sorted(tls.glob("*/cert.pem")):
+        command = ["openssl", "x509", "-noout", "-enddate", "-in", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            problems.append(f"{path}: {done.stderr.strip()}")
+            continue
+        end = ssl.cert_time_to_seconds(done.stdout.strip().removeprefix("notAfter="))
+        yield path.parent.name, int((end - time.time()) // 86400)
+
+
 @contextmanager
 def _noting(problems: list[str]) -> Iterator[None]:
     try:
@@ -158,6 +194,7 @@ def main() -> None:
             "root": {"type": "path", "default": "/opt/ragrack"},
             "run_dir": {"type": "path", "default": "/run/ragrack"},
             "drained": {"type": "path", "default": "/etc/ragrack/drained.json"},
+            "tls": {"type": "path", "default": "/etc/ragrack/tls"},
             "deploys": {"type": "int", "default": 5},
         },
         supports_check_mode=True,
@@ -165,8 +202,8 @@ def main() -> None:
     params = module.params
     if params["deploys"] < 0:
         module.fail_json(msg=f"deploys: {params['deploys']} is below 0")
-    root, run_dir, drained = (Path(params[name]) for name in ("root", "run_dir", "drained"))
-    module.exit_json(changed=False, **status(root, run_dir, drained, params["deploys"]))
+    root, run_dir, drained, tls = (Path(params[name]) for name in ("root", "run_dir", "drained", "tls"))
+    module.exit_json(changed=False, **status(root, run_dir, drained, tls, params["deploys"]))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filter.ragrack_status import ragrack_status_table
+from filter.ragrack_status_page import ragrack_status_page
 from module_utils.fleet_lock import FleetLock, Holder
 from module_utils.release_state import StateError
 from modules import ragrack_index, ragrack_status
@@ -282,7 +284,7 @@ def test_as_ansible_runs_them(host: Place) -> None:
 def test_status_of_a_host_that_serves_nothing(host: Place) -> None:
     first, second = publish(directory(host, "manual"), 1, 2)
     FleetLock(host.root).acquire(HOLDER)
-    found = ragrack_status.status(host.root, host.path / "run", host.path / "drained.json", 5)
+    found = ragrack_status.status(host.root, host.path / "run", host.path / "drained.json", host.path / "tls", 5)
     assert (found["release"], found["state"]) == (RELEASE, "not running")
     assert found["indexes"][0] == {
         "collection": "manual",
@@ -296,7 +298,7 @@ def test_status_of_a_host_that_serves_nothing(host: Place) -> None:
 
 
 def test_status_of_a_bare_host(tmp_path: Path) -> None:
-    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", 5)
+    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", tmp_path / "tls", 5)
     assert (found["state"], found["indexes"], found["problems"]) == ("nothing deployed", [], [])
     assert found["drained"] is None
 
@@ -304,11 +306,11 @@ def test_status_of_a_bare_host(tmp_path: Path) -> None:
 def test_status_of_a_drained_host(tmp_path: Path) -> None:
     drained = {"since": "2026-11-24T10:00:00Z", "who": "ann@control1", "why": "a new disk"}
     (tmp_path / "drained.json").write_text(json.dumps(drained))
-    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", 5)
+    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", tmp_path / "tls", 5)
     assert found["drained"] == drained
     assert "app1: since 2026-11-24T10:00:00Z by ann@control1 (a new disk)" in ragrack_status_table({"app1": found})
     (tmp_path / "drained.json").write_text("{")
-    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", 5)
+    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", tmp_path / "tls", 5)
     assert found["problems"] != []
 
 
@@ -337,7 +339,7 @@ def test_status_is_one_table() -> None:
         "problems": [],
     }
     hosts: dict[str, dict[str, Any]] = {
-        "app1": well | {"deploys": [audit]},
+        "app1": well | {"deploys": [audit], "certificates": {"default": 29, "fleet": 60}, "drift": ["app.env: FAILED"]},
         "app2": well | {"deploys": [audit | {"time": "2026-11-24T10:00:01Z"}], "lock": "locked by ann", "indexes": []},
         "app3": {"unreachable": True, "msg": "Failed to connect to the host via ssh: timed out"},
     }
@@ -349,3 +351,44 @@ def test_status_is_one_table() -> None:
     assert "unreachable: Failed to connect to the host via ssh: timed out" in lines[4]
     assert "  app2: locked by ann" in lines
     assert "  2026-11-24T10:00:00Z deploy: - -> A ok, 31.5 s, by ann@control1 on app1, app2" in lines
+    assert "  app1: default 29 days, fleet 60 days" in lines
+    assert "  app1: app.env: FAILED" in lines
+
+
+def test_status_is_one_page_too() -> None:
+    run = {"run": "r1", "who": "ann@control1", "what": "deploy <b>"}
+    timeline = [
+        run | {"event": "staged", "time": "2026-11-24T10:00:05Z", "release": "A"},
+        run | {"event": "audit", "time": "2026-11-24T10:00:10Z", "result": "ok", "seconds": 10},
+    ]
+    died = [{"run": "r2", "who": "ben", "what": "deploy", "event": "staged", "time": "2026-11-24T11:00:00Z"}]
+    page = ragrack_status_page({"app1": {"timeline": timeline}, "app2": {"timeline": died}, "app3": {}}, "T <&", "now")
+    assert "T &lt;&amp;" in page
+    assert "<b>deploy" not in page
+    assert page.index("2026-11-24T11:00:00Z") < page.index("2026-11-24T10:00:05Z"), "the newest run first"
+    assert 'left:46.0%" title="2026-11-24T10:00:05Z">staged<' in page
+    assert "deploy: did not end" in page
+
+
+def test_what_drifted_and_when_certificates_end(tmp_path: Path) -> None:
+    release = tmp_path / "release"
+    release.mkdir()
+    (release / "app.env").write_text("A=1")
+    sums = subprocess.run(["sha256sum", "app.env"], cwd=release, capture_output=True, text=True, check=True).stdout
+    (release / "manifest.sha256").write_text(sums)
+    assert ragrack_status.drift(release) == []
+    (release / "app.env").write_text("A=2")
+    assert ragrack_status.drift(release) == ["app.env: FAILED"]
+    (release / "manifest.sha256").unlink()
+    with pytest.raises(StateError, match="manifest"):
+        ragrack_status.drift(release)
+    realm = tmp_path / "tls/default"
+    realm.mkdir(parents=True)
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(realm / "key.pem")]
+    made = ["openssl", "req", "-x509", *key, "-subj", "/CN=x", "-days", "30", "-out", str(realm / "cert.pem")]
+    subprocess.run(made, check=True, capture_output=True)
+    (tmp_path / "tls/other").mkdir()
+    (tmp_path / "tls/other/cert.pem").write_text("nonsense")
+    found = ragrack_status.status(tmp_path / "opt", tmp_path / "run", tmp_path / "drained", tmp_path / "tls", 5)
+    assert found["certificates"] == {"default": 29}
+    assert "other" in found["problems"][0]
