@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import fleet
 import httpx
@@ -115,7 +116,7 @@ def test_a_deploy_and_a_rollback(load: Load, capsys: pytest.CaptureFixture[str])
     assert load.count.failures == []
 
 
-def test_a_drained_host_gets_nothing_new(load: Load) -> None:
+def test_a_drained_host_gets_nothing_new(load: Load, tmp_path: Path) -> None:
     edge = at_the_edge()
     played = fleet.play("drain", "--limit", APPS[1].name, variables={"nginx_drain_why": "a test"})
     assert played.status == 0, played.output
@@ -129,7 +130,14 @@ def test_a_drained_host_gets_nothing_new(load: Load) -> None:
     given = served(edge, since)
     assert given[APPS[1].name] == 0
     assert min(given[APPS[0].name], given[APPS[2].name]) > 0
-    assert "a test" in fleet.play("status").output
+    page = tmp_path / "fleet.html"
+    played = fleet.play("status", variables={"format": "html", "page": str(page)})
+    assert played.status == 0, played.output
+    assert "a test" in played.output
+    text = page.read_text()
+    for word in ("a test", "fleet 89 days", ">staged<", ">gated<", ">live<", *(host.name for host in [*EDGES, *APPS])):
+        assert word in text
+    assert "Not what was installed" not in text
     refused = fleet.play("drain", "--limit", f"{APPS[0].name},{APPS[2].name}")
     assert refused.status != 0
     assert "no other host would answer in its place" in refused.output
