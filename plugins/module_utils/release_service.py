@@ -216,6 +216,8 @@ class Cli:
     """The command line of a release, run as the release's service would be, but for its sandbox."""
 
     release_dir: Path
+    env: str | None = None
+    """Text of another app.env than its own, to ask what would be."""
 
     def run(self, *arguments: str, timeout: float, owner: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python -m ragrack ...` as the user that owns `owner`. Raises StateError where it takes too long."""
@@ -240,7 +242,7 @@ class Cli:
             "PATH": os.defpath,
             "LANG": "C.UTF-8",
             "RAGRACK_EMBED_MODEL_DIR": str(next(self.release_dir.glob("models/*"), self.release_dir / "models")),
-            **read_env_file((self.release_dir / "app.env").read_text()),
+            **read_env_file((self.release_dir / "app.env").read_text() if self.env is None else self.env),
         }
 
     def collections(self) -> list[str]:

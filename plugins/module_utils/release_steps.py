@@ -140,12 +140,22 @@ def staged(host: Host, stager: Stager, min_free_mb: int) -> Outcome:
     return Outcome(True, {"env_built": built, "stage_seconds": {"verify": verified, **stager.seconds}}, predicted)
 
 
-def indexed(host: Host, release: str, collections: Sequence[str], index_dir: Path, timeout: float) -> Outcome:
-    """Build the snapshots that the release lacks: those of its own fingerprint."""
+def indexed(
+    host: Host, release: str, collections: Sequence[str], index_dir: Path, timeout: float, env: str | None = None
+) -> Outcome:
+    """Build the snapshots that the release lacks: those of its own fingerprint.
+
+    In check mode a release that is not staged is foretold from what is live with its settings, `env`: a new model or
+    other code may have another fingerprint.
+    """
     if host.check and release not in host.releases.all():
-        return Outcome(True, {"missing_snapshots": list(collections)})
-    host.releases.require(release)
-    cli = Cli(host.releases.path(release))
+        current = host.releases.current()
+        if current is None or env is None:
+            return Outcome(True, {"missing_snapshots": list(collections)})
+        cli = Cli(host.releases.path(current), env)
+    else:
+        host.releases.require(release)
+        cli = Cli(host.releases.path(release))
     collections = collections or cli.collections()
     fingerprint = cli.fingerprint(timeout=60)
 
@@ -297,17 +307,19 @@ def confirmed(host: Host, release: str) -> Outcome:
     return Outcome()
 
 
-def drained(host: Host, keep_warm: float, settle: float, timeout: float) -> Outcome:
+def drained(host: Host, keep_warm: float, settle: float, timeout: float, to: str | None = None) -> Outcome:
     """Send every other running release on its way.
 
     Where a rollback goes and what was live until the last flip stay warm if `keep_warm` is not 0, for as long as their
     timer on the host says. The rest, or all with 0, is stopped as soon as nothing has waited on its socket for
-    `settle` seconds.
+    `settle` seconds. In check mode `to` is what would be live by then.
     """
     current = host.releases.current()
     bad = host.releases.bad()
     flips = [event for event in host.releases.history.read() if event.get("event") == "live"]
     ways_back = {host.releases.previous(), *(flip["from"] for flip in flips[-1:])}
+    if host.check and to not in (None, current):
+        current, ways_back = to, {current}
     others = [release for release in host.running() if release != current]
     warm = set(host.warm())
     to_warm = [release for release in others if keep_warm > 0 and release in ways_back and release not in bad]

@@ -73,7 +73,9 @@ options:
     description: With O(state=staged), the directory on the host that holds the artifact and its C(manifest.json).
     type: path
   env:
-    description: With O(state=staged), the text of C(app.env), which must hold no secrets.
+    description:
+      - With O(state=staged), the text of C(app.env), which must hold no secrets.
+      - With O(state=indexed) in check mode, the same, to foretell whether the release would lack an index.
     type: str
   credentials_dir:
     description: With O(state=staged), the directory of the credentials' generation that C(credentials) shall link to.
@@ -435,7 +437,7 @@ def step(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
         case "staged":
             return stage(host, params)
         case "indexed":
-            return steps.indexed(host, release, collections, Path(params["index_dir"]), timeout)
+            return steps.indexed(host, release, collections, Path(params["index_dir"]), timeout, params["env"])
         case "started":
             return steps.started(host, release, timeout)
         case "gated":
@@ -445,7 +447,7 @@ def step(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
         case "confirmed":
             return steps.confirmed(host, release)
         case "drained":
-            return steps.drained(host, params["keep_warm"], params["settle"], timeout)
+            return steps.drained(host, params["keep_warm"], params["settle"], timeout, params["id"])
         case "pruned":
             return steps.pruned(host, params["keep"], {release} if release else set(), Path(params["cache_dir"]))
         case "bad":

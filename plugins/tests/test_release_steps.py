@@ -390,3 +390,16 @@ def test_bad_input_is_named(place: Place, changes: dict[str, Any], words: str) -
     with pytest.raises(StateError) as caught:
         ragrack_release.run(place.parameters("pruned", **changes), check=False, diff=False)
     assert words in str(caught.value)
+
+
+def test_check_mode_foretells_what_a_release_that_is_not_staged_would_change(place: Place) -> None:
+    deploy(place, A)
+    env = 'RAGRACK_COLLECTIONS="postgres"'
+    current = place.path / "indexes/postgres" / FINGERPRINT / "current"
+    assert do(place, "indexed", B, check=True, env=env, collections=["postgres"])["changed"]
+    current.mkdir(parents=True)
+    assert not do(place, "indexed", B, check=True, env=env, collections=["postgres"])["changed"]
+    foretold = do(place, "drained", B, check=True)
+    assert (foretold["changed"], foretold["warm"]) == (True, [A])
+    assert do(place, "drained", B, check=True, keep_warm=0)["stopped"] == [A]
+    assert not do(place, "drained", A, check=True)["changed"]

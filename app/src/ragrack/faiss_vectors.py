@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ faiss: Any = _faiss
 VECTORS = "vectors.faiss"
 
 HNSW_EF_SEARCH = 96
+"""Nodes that a walk keeps in sight, up to so many rows; beyond, more are needed to find as much of the nearest."""
+EF_ROWS = 100_000
+EF_GROWTH = 0.43
 ROWS_A_STEP = 64
 """Vectors that are compared in the time that the graph takes for one step of efSearch."""
 
@@ -66,7 +70,7 @@ class FaissVectors:
         if not isinstance(self._index, faiss.IndexHNSW):
             return _scored(*self._index.search(vector, k, params=faiss.SearchParameters(**selector)))
         # A walk along the graph must see as many more rows as are not allowed.
-        steps = max(HNSW_EF_SEARCH, 2 * k) * self.rows // count
+        steps = max(ef_search(self.rows), 2 * k) * self.rows // count
         if chosen is not None and count < steps * ROWS_A_STEP:
             found = [scored for span in chosen.spans for scored in self._compare(vector, k, chosen, span)]
             return sorted(found, key=by_score)[:k]
@@ -85,6 +89,11 @@ class FaissVectors:
         selector = faiss.IDSelectorBitmap(mask)
         found = _scored(*part.search(vector, min(k, len(here)), params=faiss.SearchParameters(sel=selector)))
         return [(first + row, score) for row, score in found]
+
+
+def ef_search(rows: int) -> int:
+    """What finds 98 % of the ten nearest; measured at a hundred thousand rows and at a million."""
+    return round(HNSW_EF_SEARCH * math.pow(max(1.0, rows / EF_ROWS), EF_GROWTH))
 
 
 def _scored(similarities: Any, rows: Any) -> list[tuple[int, float]]:
