@@ -91,3 +91,16 @@ def test_the_next_run_takes_over_and_stays() -> None:
         assert host.run("systemctl is-active ragrack-trial.service || true") == "inactive"
     assert fleet.play("rollback").status == 0
     assert serving() == before
+
+
+def test_check_mode_foretells_what_a_deploy_changes() -> None:
+    before, variables = serving(), {"app_top_k": 7}
+    foretold = fleet.play("deploy", "--check", "--diff", variables=variables)
+    assert foretold.status == 0, foretold.output
+    assert serving() == before
+    made = fleet.play("deploy", variables=variables)
+    assert made.status == 0, made.output
+    assert foretold.changes == made.changes
+    assert {host for _, host in made.changes} == {host.name for host in HOSTS}
+    assert fleet.play("rollback").status == 0
+    assert serving() == before
