@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import ssl
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +173,41 @@ def play(playbook: str, *arguments: str, variables: Mapping[str, Any] | None = N
         check=False,
     )
     return Played(done.returncode, done.stdout)
+
+
+@contextlib.contextmanager
+def killed(playbook: str, *, variables: Mapping[str, Any] | None = None) -> Iterator[Callable[[], bool]]:
+    """A playbook that runs until the block ends and is killed then, with all that it started on the control node.
+
+    Yields whether it still runs. Where the block fails, what it said is printed.
+    """
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(
+            command(playbook, variables=variables),
+            cwd=ROOT,
+            env=environment(),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+        try:
+            yield lambda: process.poll() is None
+        except BaseException:
+            out.seek(0)
+            print(out.read().decode())
+            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def until(what: str, holds: Callable[[], object], seconds: float) -> None:
+    """Asks again and again. Raises AssertionError where it has not come to pass by then."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not come to pass in {seconds} s"
+        time.sleep(0.2)
 
 
 def machine(verb: str, *names: str) -> None:

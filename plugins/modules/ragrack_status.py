@@ -104,7 +104,10 @@ def status(root: Path, run_dir: Path, drained: Path, tls: Path, deploys: int) ->
         "drained": None,
     }
     found |= {"deploys": [], "timeline": [], "drift": [], "problems": []}
-    found["certificates"] = dict(_certificates(tls, found["problems"]))
+    found["certificates"] = {}
+    for certificate in sorted(tls.glob("*/cert.pem")):
+        with _noting(found["problems"]):
+            found["certificates"][certificate.parent.name] = days_left(certificate)
     with _noting(found["problems"]):
         holder = FleetLock(root).holder()
         found["lock"] = holder.words() if holder else None
@@ -169,15 +172,14 @@ def drift(release: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def _certificates(tls: Path, problems: list[str]) -> Iterator[tuple[str, int]]:
-    for path in sorted(tls.glob("*/cert.pem")):
-        command = ["openssl", "x509", "-noout", "-enddate", "-in", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            problems.append(f"{path}: {done.stderr.strip()}")
-            continue
-        end = ssl.cert_time_to_seconds(done.stdout.strip().removeprefix("notAfter="))
-        yield path.parent.name, int((end - time.time()) // 86400)
+def days_left(certificate: Path) -> int:
+    """Whole days until a certificate ends. Raises StateError."""
+    command = ["openssl", "x509", "-noout", "-enddate", "-in", str(certificate)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StateError(f"{certificate}: {done.stderr.strip()}")
+    end = ssl.cert_time_to_seconds(done.stdout.strip().removeprefix("notAfter="))
+    return int((end - time.time()) // 86400)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class FaissVectors:
             self._index = faiss.read_index(str(path / VECTORS), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
             raise SnapshotError(f"{path} cannot be opened: {error}") from error
+        self._steps = ef_search(self.rows)
 
     def __str__(self) -> str:
         return VECTORS
@@ -70,7 +71,7 @@ class FaissVectors:
         if not isinstance(self._index, faiss.IndexHNSW):
             return _scored(*self._index.search(vector, k, params=faiss.SearchParameters(**selector)))
         # A walk along the graph must see as many more rows as are not allowed.
-        steps = max(ef_search(self.rows), 2 * k) * self.rows // count
+        steps = max(self._steps, 2 * k) * self.rows // count
         if chosen is not None and count < steps * ROWS_A_STEP:
             found = [scored for span in chosen.spans for scored in self._compare(vector, k, chosen, span)]
             return sorted(found, key=by_score)[:k]

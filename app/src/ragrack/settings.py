@@ -814,16 +814,12 @@ def _postgres(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
 def _qdrant(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
     if settings.vector_store == "qdrant":
         yield from _needed(settings, "vector_store", ("qdrant_url",))
-    url = settings.qdrant_url
-    if url is not None and url.scheme != "https" and url.host not in LOOPBACK:
-        yield (
-            ("qdrant_url",),
-            Problem(
-                variable("qdrant_url"),
-                f"'{url}' is not https: whoever is on the way could read the key, and the questions' vectors",
-                "give the server a certificate that the hosts trust, and its https URL",
-            ),
-        )
+    yield from _https(
+        settings,
+        "qdrant_url",
+        "could read the key, and the questions' vectors",
+        "give the server a certificate that the hosts trust, and its https URL",
+    )
 
 
 def _jwt(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
@@ -840,16 +836,19 @@ def _jwt(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
                     f"set it, e.g. {variable(name)}={example}",
                 ),
             )
-    url = settings.jwt_jwks_url
+    yield from _https(
+        settings,
+        "jwt_jwks_url",
+        "could put keys of their own into it",
+        "give the https URL, which the issuer's /.well-known/openid-configuration names as jwks_uri",
+    )
+
+
+def _https(settings: Settings, name: str, harm: str, mend: str) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    url = getattr(settings, name)
     if url is not None and url.scheme != "https" and url.host not in LOOPBACK:
-        yield (
-            ("jwt_jwks_url",),
-            Problem(
-                variable("jwt_jwks_url"),
-                f"'{url}' is not https: whoever is on the way could put keys of their own into it",
-                "give the https URL, which the issuer's /.well-known/openid-configuration names as jwks_uri",
-            ),
-        )
+        problem = f"'{url}' is not https: whoever is on the way {harm}"
+        yield (name,), Problem(variable(name), problem, mend)
 
 
 def _on_host(settings: Settings) -> Iterator[tuple[str, Problem]]:

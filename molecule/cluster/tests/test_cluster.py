@@ -21,6 +21,7 @@ EDGES, APPS = fleet.hosts("edge"), fleet.hosts()
 ADDRESS = EDGES[0].address.rsplit(".", 1)[0] + ".200"
 URL = f"https://{ADDRESS}"
 FLEET = "/etc/ragrack/tls/fleet"
+PATIENCE_SECONDS = 120
 QUESTIONS = [entry["question"] for entry in fleet.questions()]
 
 
@@ -30,11 +31,8 @@ def load() -> Iterator[Load]:
         yield running
 
 
-def until(what: str, holds: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"{what} did not come to pass in {seconds} s"
-        time.sleep(0.5)
+def until(what: str, holds: Callable[[], bool]) -> None:
+    fleet.until(what, holds, PATIENCE_SECONDS)
 
 
 def served(edge: Host, since: str) -> dict[str, int]:
@@ -48,13 +46,13 @@ def now(host: Host) -> str:
     return host.run("date --iso-8601=seconds")
 
 
-def holder() -> Host | None:
-    """The edge host that has the address."""
-    return next((e for e in EDGES if e.shell.run(f"ip -br address | grep -qw {ADDRESS}").rc == 0), None)
+def has_address(edge: Host) -> bool:
+    return bool(edge.shell.run(f"ip -br address | grep -qw {ADDRESS}").rc == 0)
 
 
 def at_the_edge() -> Host:
-    host = holder()
+    """The edge host that has the address."""
+    host = next(filter(has_address, EDGES), None)
     assert host is not None, "no edge host has the address"
     return host
 
@@ -191,10 +189,7 @@ def test_the_edge_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     dead = at_the_edge()
     fleet.machine("kill", dead.name)
     begun = time.monotonic()
-    until(
-        "the other's turn",
-        lambda: any(e is not dead and e.shell.run(f"ip -br address | grep -qw {ADDRESS}").rc == 0 for e in EDGES),
-    )
+    until("the other's turn", lambda: any(edge is not dead and has_address(edge) for edge in EDGES))
     seconds = time.monotonic() - begun
     time.sleep(35)
     failed = list(load.count.failures)

@@ -64,10 +64,7 @@ def primary(host: fleet.Host) -> str | None:
 
 
 def until(what: str, condition: Any) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come to pass in {PATIENCE_SECONDS} s"
-        time.sleep(1)
+    fleet.until(what, condition, PATIENCE_SECONDS)
 
 
 def put(host: fleet.Host, path: str, text: str) -> None:

@@ -6,11 +6,6 @@ it not got past that, it would never reach its own end.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +21,7 @@ PATIENCE_SECONDS = 300
 
 def killed_before(stage: str, directory: Path, **variables: object) -> None:
     """A deploy that dies when it comes to a stage. Raises AssertionError where it ends before."""
-    reached, hook, said = directory / "reached", directory / "hook.yml", directory / "said"
+    reached, hook = directory / "reached", directory / "hook.yml"
     here = {"delegate_to": "localhost", "become": False, "run_once": True}
     tasks = [
         {"name": "Say how far it is", "ansible.builtin.file": {"path": str(reached), "state": "touch"}, **here},
@@ -34,25 +29,9 @@ def killed_before(stage: str, directory: Path, **variables: object) -> None:
     ]
     hook.write_text(yaml.safe_dump(tasks))
     variables = {**variables, "release_hooks": {f"before_{stage}": [str(hook)]}}
-    with said.open("w") as out:
-        process = subprocess.Popen(
-            fleet.command("deploy", variables=variables),
-            cwd=fleet.ROOT,
-            env=fleet.environment(),
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while not reached.exists():
-                assert process.poll() is None, f"it ended before {stage}:\n{said.read_text()}"
-                assert time.monotonic() < deadline, f"it did not come to {stage}:\n{said.read_text()}"
-                time.sleep(0.1)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with fleet.killed("deploy", variables=variables) as runs:
+        fleet.until(f"its end, or {stage}", lambda: reached.exists() or not runs(), PATIENCE_SECONDS)
+        assert reached.exists(), f"it ended before {stage}"
 
 
 @pytest.fixture(scope="module", autouse=True)

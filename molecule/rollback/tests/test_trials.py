@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import tempfile
 import time
 from typing import Any
 
@@ -19,34 +14,16 @@ SECONDS = 600
 
 
 def killed_after_the_first_switch(**variables: Any) -> None:
-    """A deploy that dies as soon as it has switched the canary, with all that it started on the control node."""
+    """A deploy that dies as soon as it has switched the canary."""
     before = CANARY.release
-    with tempfile.TemporaryFile() as out:
-        process = subprocess.Popen(
-            fleet.command("deploy", variables=variables),
-            cwd=fleet.ROOT,
-            env=fleet.environment(),
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-        try:
-            while CANARY.release == before:
-                if process.poll() is not None:
-                    out.seek(0)
-                    raise AssertionError(f"it ended before it switched a host:\n{out.read().decode()}")
-                time.sleep(0.2)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with fleet.killed("deploy", variables=variables) as runs:
+        while CANARY.release == before:
+            assert runs(), "it ended before it switched a host"
+            time.sleep(0.2)
 
 
 def until(what: str, condition: Any) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come to pass in {SECONDS} s"
-        time.sleep(0.2)
+    fleet.until(what, condition, SECONDS)
 
 
 def serving() -> str:
