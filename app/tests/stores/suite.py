@@ -32,6 +32,24 @@ def unit(number: int) -> list[float]:
     return [float(value) for value in vector / np.linalg.norm(vector)]
 
 
+def crowd(count: int, far: int, ones: int) -> tuple[list[TextNode], Any]:
+    """Nodes and their vectors; those of tenant `far`, the first, are on the other side, where a walk along a graph does
+    not come by soon. `one` has so many values."""
+    vectors = np.random.default_rng(1).normal(size=(count, DIMENSIONS)).astype(np.float32)
+    vectors[:, 0] = np.where(np.arange(count) < far, -3, 3)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    nodes = [
+        TextNode(
+            id_=f"n{number}",
+            text="",
+            metadata={"tenant": "far" if number < far else "near", "one": number % ones},
+            embedding=vectors[number].tolist(),
+        )
+        for number in range(count)
+    ]
+    return nodes, vectors
+
+
 def node(number: int, metadata: dict[str, Any]) -> TextNode:
     return TextNode(
         id_=f"n{number}",

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from ragrack import catalog, deadline, postgres_client
 from ragrack.catalog import Snapshots
@@ -25,7 +24,7 @@ from ragrack.snapshot import SnapshotError
 
 from .conftest import database_settings
 from .server import Server
-from .suite import filters, found, node, publish, unit
+from .suite import crowd, filters, found, node, publish, unit
 
 pytestmark = pytest.mark.hosts
 FINGERPRINT = "0123456789abcdef"
@@ -239,21 +238,7 @@ def test_a_host_is_read(text: str, host: str, port: str) -> None:
 @pytest.fixture(scope="module")
 def crowded(postgres: Server) -> Iterator[tuple[PostgresVectorStore, Any]]:
     """More nodes than are compared one by one, of which a tenant's lie where nobody asks; and their vectors."""
-    count = 12_000
-    random = np.random.default_rng(1)
-    vectors = random.normal(size=(count, 16)).astype(np.float32)
-    # Tenant `far` is on the other side, where a walk along the graph does not come by soon.
-    vectors[:, 0] = np.where(np.arange(count) < 11_000, -3, 3)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    nodes = [
-        TextNode(
-            id_=f"n{number}",
-            text="",
-            metadata={"tenant": "far" if number < 11_000 else "near", "one": number % 1000},
-            embedding=vectors[number].tolist(),
-        )
-        for number in range(count)
-    ]
+    nodes, vectors = crowd(12_000, far=11_000, ones=1000)
     snapshots = catalog.snapshots(settings_of(postgres), "crowded", FINGERPRINT)
     store = snapshots.open(publish(snapshots, nodes).id)
     assert isinstance(store, PostgresVectorStore)

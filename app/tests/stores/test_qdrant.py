@@ -32,7 +32,7 @@ from ragrack.snapshot import SnapshotError, UnavailableError
 
 from .conftest import qdrant_settings
 from .qdrant_server import QdrantServer
-from .suite import DIMENSIONS, ask, filters, found, node, publish, unit
+from .suite import DIMENSIONS, ask, crowd, filters, found, node, publish, unit
 
 FINGERPRINT = "0123456789abcdef"
 NODES = [node(number, {"tenant": "ab"[number % 2], "secret": "nobody's business"}) for number in range(20)]
@@ -103,19 +103,7 @@ def test_a_server_that_gives_others_rows_gives_them_to_nobody(
 @pytest.fixture(scope="module")
 def crowded(qdrant: QdrantServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Snapshots, Any]]:
     """A tenant's nodes lie where nobody asks."""
-    count = 1200
-    vectors = np.random.default_rng(1).normal(size=(count, DIMENSIONS)).astype(np.float32)
-    vectors[:, 0] = np.where(np.arange(count) < 1000, -3, 3)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    nodes = [
-        TextNode(
-            id_=f"n{number}",
-            text="",
-            metadata={"tenant": "far" if number < 1000 else "near", "one": number % 10},
-            embedding=vectors[number].tolist(),
-        )
-        for number in range(count)
-    ]
+    nodes, vectors = crowd(1200, far=1000, ones=10)
     given = {"collections": ("crowded",), "index_dir": tmp_path_factory.mktemp("crowded")}
     snapshots = catalog.snapshots(Settings.model_validate(given | qdrant_settings(qdrant)), "crowded", FINGERPRINT)
     publish(snapshots, nodes)
