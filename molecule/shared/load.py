@@ -41,7 +41,8 @@ class Load:
     """Clients in a thread of their own that POST /query to each URL until the block ends, 20 minutes at most.
 
     Half of the clients keep their connection, half open one for each request: a switch can lose either kind. With
-    `streams`, each asks for a stream of events and GETs something, too, in turn.
+    `streams`, each asks for a stream of events and GETs something, too, in turn. Who connects trusts what `ca` holds
+    then.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Load:
         self._urls, self._key, self._ca, self._questions = urls, key, ca, questions
         self._clients, self._pause = clients, pause
         self._ways = [_post, _stream, _get] if streams else [_post]
+        self._trusted_since = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
@@ -72,6 +74,7 @@ class Load:
 
     async def _run(self) -> None:
         context = ssl.create_default_context(cafile=str(self._ca))
+        self._trusted_since = self._ca.stat().st_mtime
         pairs = itertools.product(self._urls, range(self._clients))
         await asyncio.gather(*(self._client(url, context, keep=number % 2 == 0) for url, number in pairs))
 
@@ -88,8 +91,16 @@ class Load:
             for question, way in zip(itertools.cycle(self._questions), itertools.cycle(self._ways)):
                 if self._stop.is_set() or time.monotonic() > deadline:
                     return
+                self._trust(context)
                 await self._ask(client, way, question)
                 await asyncio.sleep(self._pause)
+
+    def _trust(self, context: ssl.SSLContext) -> None:
+        """Trust what a change of CA has added: what a context has learned it keeps."""
+        written = self._ca.stat().st_mtime
+        if written != self._trusted_since:
+            context.load_verify_locations(self._ca)
+            self._trusted_since = written
 
     async def _ask(self, client: httpx.AsyncClient, way: Way, question: str) -> None:
         begun = time.monotonic()
