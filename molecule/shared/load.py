@@ -42,7 +42,7 @@ class Load:
 
     Half of the clients keep their connection, half open one for each request: a switch can lose either kind. With
     `streams`, each asks for a stream of events and GETs something, too, in turn. Who connects trusts what `ca` holds
-    then.
+    then. `ways` asks in ways of one's own instead.
     """
 
     def __init__(
@@ -55,11 +55,12 @@ class Load:
         clients: int = 4,
         pause: float = 0.1,
         streams: bool = False,
+        ways: list[Way] | None = None,
     ) -> None:
         self.count = Count()
         self._urls, self._key, self._ca, self._questions = urls, key, ca, questions
         self._clients, self._pause = clients, pause
-        self._ways = [_post, _stream, _get] if streams else [_post]
+        self._ways = ways or ([_post, _stream, _get] if streams else [_post])
         self._trusted_since = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))

@@ -124,7 +124,8 @@ def main() -> None:
     realm, group, lineage = sys.argv[1:]
     files = Path(lineage)
     key, chain = (files / "privkey.pem").read_text(), (files / "fullchain.pem").read_text()
-    place(Path(realm), key, chain, grp.getgrnam(group).gr_gid)
+    if place(Path(realm), key, chain, grp.getgrnam(group).gr_gid):
+        print(f"{realm} has a new certificate")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 signing: {description: Certificate of the key that signs; empty where none was made., type: str, returned: always}
+pending: {description: Whether there is a second CA that does not sign yet., type: bool, returned: always}
 trusted: {description: All certificates that are trusted., type: str, returned: always}
 """
 
@@ -197,7 +198,10 @@ def main() -> None:
     try:
         {"present": ca.present, "next": ca.take_next, "switch": ca.switch, "finish": ca.finish}[asked["step"]]()
         signing = ca.signing()
-        module.exit_json(changed=ca.changed, signing=_pem([signing] if signing else []), trusted=_pem(ca.trusted()))
+        pending = ca.next.exists() or (ca.changed and asked["step"] == "next")
+        module.exit_json(
+            changed=ca.changed, pending=pending, signing=_pem([signing] if signing else []), trusted=_pem(ca.trusted())
+        )
     except (CaError, OSError) as error:
         module.fail_json(msg=str(error))
 

@@ -18,6 +18,7 @@ options:
   days: {description: Days that it has to be good for., type: int, default: 0}
   anew: {description: Make a new one though the present one is good., type: bool, default: false}
   trusted: {description: Certificates of the CAs that are trusted., type: str}
+  system: {description: 'Put what the host itself trusts before them.', type: bool, default: false}
   certificate: {description: The certificate, and after it those between it and the root., type: str}
   key: {description: Its key; without it, the one that the request was made with., type: str}
 attributes:
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
     from module_utils.certificate_set import CertificateError, blocks, check, is_placed, place
 else:
     from ansible.module_utils.certificate_set import CertificateError, blocks, check, is_placed, place
+
+
+SYSTEM = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
 def general_name(name: str) -> x509.GeneralName:
@@ -144,6 +148,7 @@ def main() -> None:
             "days": {"type": "int", "default": 0},
             "anew": {"type": "bool", "default": False},
             "trusted": {"type": "str"},
+            "system": {"type": "bool", "default": False},
             "certificate": {"type": "str"},
             "key": {"type": "str", "no_log": True},
         },
@@ -164,7 +169,8 @@ def main() -> None:
             module.exit_json(changed=bool(why) and module.check_mode, why=why, request=made)
         changed = False
         if asked["trusted"] is not None:
-            changed = write(realm / "ca.pem", asked["trusted"], dry=module.check_mode)
+            system = SYSTEM.read_text() if asked["system"] else ""
+            changed = write(realm / "ca.pem", system + asked["trusted"], dry=module.check_mode)
         if asked["certificate"]:
             key, gid = asked["key"] or fresh.read_text(), grp.getgrnam(asked["group"]).gr_gid
             if module.check_mode:
