@@ -36,7 +36,9 @@ author: ragrack maintainers (@ragrack)
 
 EXAMPLES = r"""
 - ansible.builtin.assert:
-    that: now | ragrack_canary(first, ['app1'], {'requests': 50, 'errors': 0.01, 'slower': 2, 'hit_rate': 0}) == []
+    that: now | ragrack_canary(first, ['app1'], limits) == []
+  vars:
+    limits: {requests: 50, errors: 0.01, slower: 2, hit_rate: 0}
 """
 
 RETURN = r"""
