@@ -27,7 +27,7 @@ options:
     description:
       - C(requests), how many the canary must have answered to be judged by them.
       - C(errors), by how much its share of 5xx may be above the other's.
-      - C(slower), how many times the other's p95 its own may be.
+      - C(slower), by how many seconds its p95 may be above the other's.
       - C(hit_rate), by how much its share of golden questions found may be below the other's.
     type: dict
     required: true
@@ -38,7 +38,7 @@ EXAMPLES = r"""
 - ansible.builtin.assert:
     that: now | ragrack_canary(first, ['app1'], limits) == []
   vars:
-    limits: {requests: 50, errors: 0.01, slower: 2, hit_rate: 0}
+    limits: {requests: 50, errors: 0.01, slower: 0.5, hit_rate: 0}
 """
 
 RETURN = r"""
@@ -71,7 +71,7 @@ def ragrack_canary(found: Found, first: Found, canary: Sequence[str], limits: Ma
         if mine > theirs + limit["errors"]:
             worse.append(f"{mine:.1%} of {new['requests']} requests failed, before {theirs:.1%} of {old['requests']}")
         mine, theirs = _p95(new), _p95(old)
-        if old["requests"] >= max(1, limit["requests"]) and mine > theirs * limit["slower"]:
+        if old["requests"] >= max(1, limit["requests"]) and mine > theirs + limit["slower"]:
             worse.append(f"p95 is {mine * 1000:.0f} ms, before {theirs * 1000:.0f} ms")
     for host in canary:
         now = found[host]

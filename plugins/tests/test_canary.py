@@ -14,7 +14,7 @@ from filter.ragrack_canary import ragrack_canary
 from module_utils.release_state import StateError
 from module_utils.release_traffic import metrics, traffic
 
-LIMITS = {"requests": 50, "errors": 0.01, "slower": 2, "hit_rate": 0.0}
+LIMITS = {"requests": 50, "errors": 0.01, "slower": 0.5, "hit_rate": 0.0}
 PAGE = """
 # HELP ragrack_requests_total Requests answered.
 ragrack_requests_total{method="POST",route="/query",status="200"} 90.0
