@@ -114,6 +114,33 @@ def test_a_deploy_and_a_rollback(load: Load, capsys: pytest.CaptureFixture[str])
     assert load.count.failures == []
 
 
+def test_a_canary_that_does_worse_goes_back_by_itself(load: Load) -> None:
+    """The limit is one that no release keeps: to be ten seconds faster than the others."""
+    [before] = {host.release for host in APPS}
+    canary = {"release_strategy": "canary", "release_canary_seconds": 20, "release_canary_requests": 20}
+    played = fleet.play("deploy", variables={**canary, "release_canary_slower": -10, "app_top_k": 3})
+    assert played.status != 0
+    assert f"As a canary on {APPS[0].name} it did worse: p95 is" in played.output
+    assert {host.release for host in APPS} == {before}
+    mark = [event for event in APPS[0].history() if event["event"] == "bad"][-1]
+    assert mark["reason"].startswith("canary: p95 is")
+    for host in APPS[1:]:
+        assert [event["event"] for event in host.history() if event["event"] in ("bad", "live")][-1] == "live"
+    assert load.count.failures == []
+
+
+def test_a_canary_that_does_as_well_is_followed(load: Load) -> None:
+    [before] = {host.release for host in APPS}
+    canary = {"release_strategy": "canary", "release_canary_seconds": 20, "release_canary_slower": 5}
+    played = fleet.play("deploy", variables={**canary, "app_top_k": 6})
+    assert played.status == 0, played.output
+    [after] = {host.release for host in APPS}
+    assert after != before
+    assert fleet.play("rollback").status == 0
+    assert {host.release for host in APPS} == {before}
+    assert load.count.failures == []
+
+
 def test_a_drained_host_gets_nothing_new(load: Load, tmp_path: Path) -> None:
     edge = at_the_edge()
     played = fleet.play("drain", "--limit", APPS[1].name, variables={"nginx_drain_why": "a test"})
