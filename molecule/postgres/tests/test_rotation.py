@@ -1,4 +1,4 @@
-"""New certificates and a new CA of the databases, while clients ask: the primary stays what it is, and nobody notices."""
+"""New certificates and a new CA of the databases while clients ask: the primary stays what it is, nobody notices."""
 
 from __future__ import annotations
 
