@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import subprocess
 from pathlib import Path
 
 import fleet
@@ -109,3 +110,31 @@ def test_settings_that_cannot_work_are_refused() -> None:
         refused = fleet.play("site", "--tags", "tls", variables=variables)
         assert refused.status != 0
         assert "Nothing was changed" in refused.output
+
+
+@pytest.mark.parametrize("given", ["text", "path"])
+def test_a_certificate_that_was_made_elsewhere(given: str, tmp_path: Path) -> None:
+    """And that of the CA here again: the paths that nginx reads stay the same."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]
+    made += ["-subj", "/CN=elsewhere", "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", str(key)]
+    subprocess.run([*made, "-out", str(certificate)], check=True, capture_output=True)
+    secret = key.read_text()
+    variables = {
+        "tls_source": "provided",
+        "tls_key": secret if given == "text" else str(key),
+        "tls_certificate": str(certificate),
+        "tls_ca": str(certificate),
+    }
+    command = ["--tags", "tls", "--limit", "edge1", "-vvv"]
+    played = fleet.play("site", *command, variables=variables)
+    assert played.status == 0, played.output
+    served(EDGES[0], certificate)
+    assert secret.splitlines()[1] not in played.output
+    played = fleet.play("site", *command, variables=variables)
+    assert (played.status, played.changed) == (0, 0), played.output
+    other = {**variables, "tls_names": ["other.test"]}
+    refused = fleet.play("site", *command, variables=other)
+    assert refused.status != 0
+    assert "does not cover other.test" in refused.output
+    served(EDGES[0], certificate)
