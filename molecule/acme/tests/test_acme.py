@@ -114,7 +114,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 @pytest.mark.parametrize("given", ["text", "path"])
 def test_a_certificate_that_was_made_elsewhere(given: str, tmp_path: Path) -> None:
-    """And that of the CA here again: the paths that nginx reads stay the same."""
+    """Its key is in no output, and one that does not fit the names is refused."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]
     made += ["-subj", "/CN=elsewhere", "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", str(key)]
