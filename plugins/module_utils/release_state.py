@@ -116,15 +116,38 @@ class History:
     def append(self, event: Mapping[str, Any]) -> None:
         """Add one event, durably; `time` is filled in."""
         line = json.dumps({"time": now(), **event}, ensure_ascii=False).encode() + b"\n"
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = self._exclusively()
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
             self._repair(fd)
             os.write(fd, line)
             os.fsync(fd)
         finally:
             os.close(fd)
         fsync_dir(self.path.parent)
+
+    def shorten(self, above: int, to: int) -> bool:
+        """Keep the last `to` events once there are more than `above`, and the last 100 that say what is a way back."""
+        if len(self.read()) <= above:
+            return False
+        fd = self._exclusively()
+        try:
+            events = self.read()
+            ways_back = [event for event in events[:-to] if event.get("event") in ("live", "bad")][-100:]
+            kept = [*ways_back, *events[-to:]]
+            write_atomically(self.path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
+        finally:
+            os.close(fd)
+        return True
+
+    def _exclusively(self) -> int:
+        """The open file, which no other process writes to or replaces until it is closed."""
+        while True:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), self.path.stat()):
+                    return fd
+            os.close(fd)
 
     def _repair(self, fd: int) -> None:
         data = self.path.read_bytes()

@@ -27,6 +27,8 @@ from .release_trial import Trials
 
 RUNNING = "active,activating,reloading,deactivating"
 TRIAL = "ragrack-trial.service"
+EVENTS = (5000, 4000)
+"""A history of more lines than the first is cut to the second: some hundreds of deploys."""
 WARM = "waiting"  # a timer that is yet to fire; one that has fired may stay active as `elapsed`
 
 
@@ -357,6 +359,7 @@ def pruned(host: Host, keep: int, protect: set[str], cache: Path) -> Outcome:
                 releases.remove(release)
         stale = [*leftovers, *unused_cache(cache, stay)]
         if not host.check:
+            releases.history.shorten(*EVENTS)
             for path in stale:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return Outcome(

@@ -25,7 +25,8 @@ options:
       - V(live) points C(current) at a release that passed its gate since it was started.
       - V(confirmed) keeps the host on it, see O(confirm_within). It reports no change.
       - V(drained) stops every other running release, or starts the timer that does so later.
-      - V(pruned) removes releases that nothing needs. The live one, the rollback target and what runs always stay.
+      - V(pruned) removes releases that nothing needs. The live one, the rollback target and what runs always stay. A
+        history of more than 5000 lines keeps the last 4000.
       - V(bad) marks a release, which is then never a rollback target until it goes live again.
       - V(audit) adds the playbook's line to the history. It reports no change.
       - A release that fails V(started) or V(gated) is stopped and marked bad, unless it is the one that is live.

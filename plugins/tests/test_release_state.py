@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,40 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     history.path.write_text('{"event": "a"}\nnonsense\n{"event": "b"}\n')
     with pytest.raises(StateError, match=r"history\.jsonl line 2 is not an object of JSON"):
         history.read()
+
+
+def test_a_long_history_is_shortened_and_knows_the_way_back(releases: Releases) -> None:
+    deploy(releases, "a", "b")
+    before = releases.history.read()
+    for number in range(12):
+        releases.history.append({"event": "audit", "number": number})
+    assert not releases.history.shorten(above=12 + len(before), to=5)
+    assert releases.history.shorten(above=11, to=5)
+    kept = releases.history.read()
+    assert [event["number"] for event in kept if event["event"] == "audit"] == [7, 8, 9, 10, 11]
+    assert [event for event in kept if event["event"] == "live"] == [e for e in before if e["event"] == "live"]
+    assert releases.previous() == "a"
+    releases.history.append({"event": "audit", "number": 12})
+    assert releases.history.read()[-1]["number"] == 12
+
+
+def test_nothing_is_lost_while_a_history_is_shortened(releases: Releases) -> None:
+    """Others append throughout."""
+    written = 200
+
+    def write(name: int) -> None:
+        for number in range(written):
+            History(releases.history.path).append(
+                {"event": "live", "from": None, "to": f"{name}-{number}", "how": "deploy"}
+            )
+
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(write, name) for name in range(2)]
+        while not all(writer.done() for writer in writers):
+            releases.history.shorten(above=3, to=100_000)
+    for writer in writers:
+        writer.result()
+    assert len(releases.history.read()) == 2 * written
 
 
 def test_prune_keeps_by_history_and_never_what_is_needed(releases: Releases) -> None:
