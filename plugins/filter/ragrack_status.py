@@ -20,6 +20,11 @@ def ragrack_status_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
         for name, found in hosts.items()
         if (out := found.get("drained"))
     ]
+    left_out = [
+        f"{name}: sends nothing to {host} ({why})"
+        for name, found in hosts.items()
+        for host, why in found.get("left_out", {}).items()
+    ]
     certificates = [
         f"{name}: " + ", ".join(f"{realm} {days} days" for realm, days in days_left.items())
         for name, found in hosts.items()
@@ -31,6 +36,7 @@ def ragrack_status_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
         _titled("Problems", problems),
         _titled("Not what was installed", drift),
         _titled("Drained", drained),
+        _titled("Left out", left_out),
         _titled("Lock", locks or ["free"]),
         _titled("Certificates", certificates),
         _titled("Last runs", _deploys(hosts)),

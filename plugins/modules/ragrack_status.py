@@ -23,6 +23,10 @@ options:
     description: The file that is there while edge hosts ask this host nothing.
     type: path
     default: /etc/ragrack/drained.json
+  left_out:
+    description: On edge hosts, where the names of the app hosts are that the last deploy left out.
+    type: path
+    default: /etc/ragrack/left-out
   tls:
     description: Where the certificates are, a directory for each realm.
     type: path
@@ -59,6 +63,7 @@ indexes:
   returned: always
 lock: {description: Who changes the fleet now, in words., type: str, returned: always}
 drained: {description: Since when and why edge hosts ask this host nothing., type: dict, returned: always}
+left_out: {description: The app hosts that this edge host sends nothing to, with why., type: dict, returned: always}
 deploys: {description: The last lines of the audit log., type: list, elements: dict, returned: always}
 timeline: {description: What those runs did on this host., type: list, elements: dict, returned: always}
 certificates: {description: Days that the certificate of each realm is still good., type: dict, returned: always}
@@ -92,7 +97,7 @@ else:
 TIMEOUT_SECONDS = 5
 
 
-def status(root: Path, run_dir: Path, drained: Path, tls: Path, deploys: int) -> dict[str, Any]:
+def status(root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, deploys: int) -> dict[str, Any]:
     """What the module returns. Raises nothing for a host that is in a bad way: its problems are the answer."""
     releases = Releases(root)
     found: dict[str, Any] = {
@@ -102,6 +107,7 @@ def status(root: Path, run_dir: Path, drained: Path, tls: Path, deploys: int) ->
         "indexes": [],
         "lock": None,
         "drained": None,
+        "left_out": {},
     }
     found |= {"deploys": [], "timeline": [], "drift": [], "problems": []}
     found["certificates"] = {}
@@ -113,6 +119,8 @@ def status(root: Path, run_dir: Path, drained: Path, tls: Path, deploys: int) ->
         found["lock"] = holder.words() if holder else None
     with _noting(found["problems"]):
         found["drained"] = json.loads(drained.read_text()) if drained.exists() else None
+    with _noting(found["problems"]):
+        found["left_out"] = {path.name: path.read_text().strip() for path in sorted(left_out.glob("*"))}
     with _noting(found["problems"]):
         events = releases.history.read()
         audits = [event for event in events if event.get("event") == "audit"]
@@ -196,6 +204,7 @@ def main() -> None:
             "root": {"type": "path", "default": "/opt/ragrack"},
             "run_dir": {"type": "path", "default": "/run/ragrack"},
             "drained": {"type": "path", "default": "/etc/ragrack/drained.json"},
+            "left_out": {"type": "path", "default": "/etc/ragrack/left-out"},
             "tls": {"type": "path", "default": "/etc/ragrack/tls"},
             "deploys": {"type": "int", "default": 5},
         },
@@ -204,8 +213,9 @@ def main() -> None:
     params = module.params
     if params["deploys"] < 0:
         module.fail_json(msg=f"deploys: {params['deploys']} is below 0")
-    root, run_dir, drained, tls = (Path(params[name]) for name in ("root", "run_dir", "drained", "tls"))
-    module.exit_json(changed=False, **status(root, run_dir, drained, tls, params["deploys"]))
+    names = ("root", "run_dir", "drained", "left_out", "tls")
+    root, run_dir, drained, left_out, tls = (Path(params[name]) for name in names)
+    module.exit_json(changed=False, **status(root, run_dir, drained, left_out, tls, params["deploys"]))
 
 
 if __name__ == "__main__":

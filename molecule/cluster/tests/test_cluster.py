@@ -212,6 +212,35 @@ def test_an_app_host_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> Non
     load.count.failures.clear()
 
 
+def test_a_host_that_is_down_is_left_out_until_it_is_deployed_to(load: Load) -> None:
+    down, up = APPS[2], APPS[:2]
+    before = down.release
+    fleet.machine("stop", down.name)
+    time.sleep(10)
+    load.count.failures.clear()
+    refused = fleet.play("deploy", variables={"app_top_k": 4})
+    assert refused.status != 0
+    played = fleet.play("deploy", variables={"app_top_k": 4, "deploy_allow_unreachable": 1})
+    assert played.status == 0, played.output
+    [after] = {host.release for host in up}
+    assert after != before
+    fleet.machine("start", down.name)
+    edge = at_the_edge()
+    until("its app", lambda: down.shell.run(f"systemctl is-active ragrack@{before} nginx").rc == 0)
+    until("its answer", lambda: asked_by(edge, down, "/readyz", FLEET) == httpx.codes.OK)
+    since = now(edge)
+    time.sleep(15)
+    assert served(edge, since)[down.name] == 0
+    shown = fleet.play("status")
+    assert f"sends nothing to {down.name} (could not be reached when deploy" in shown.output
+    played = fleet.play("deploy", variables={"app_top_k": 4})
+    assert played.status == 0, played.output
+    assert {host.release for host in APPS} == {after}
+    since = now(edge)
+    until("requests again", lambda: served(edge, since)[down.name] > 0)
+    assert load.count.failures == []
+
+
 def test_the_edge_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     dead = at_the_edge()
     fleet.machine("kill", dead.name)
