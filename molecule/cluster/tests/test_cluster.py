@@ -220,6 +220,9 @@ def test_a_host_that_is_down_is_left_out_until_it_is_deployed_to(load: Load) -> 
     load.count.failures.clear()
     refused = fleet.play("deploy", variables={"app_top_k": 4})
     assert refused.status != 0
+    refused = fleet.play("rotate_certificates")
+    assert refused.status != 0
+    assert f"Nothing was changed. {down.name} cannot be reached" in " ".join(refused.output.split()), refused.output
     played = fleet.play("deploy", variables={"app_top_k": 4, "deploy_allow_unreachable": 1})
     assert played.status == 0, played.output
     [after] = {host.release for host in up}
