@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -344,7 +344,7 @@ def drained(host: Host, keep_warm: float, settle: float, timeout: float, to: str
 
 
 def pruned(host: Host, keep: int, protect: set[str], cache: Path) -> Outcome:
-    """Remove releases that nothing needs, what dead runs left, and what of the cache no release is made of."""
+    """Remove releases that nothing needs with their credentials, what dead runs left, and the cache's unused part."""
     releases = host.releases
     if not releases.dir.is_dir():
         return Outcome(facts={"removed": [], "removed_leftovers": []})
@@ -354,10 +354,11 @@ def pruned(host: Host, keep: int, protect: set[str], cache: Path) -> Outcome:
         gone = releases.prunable(keep, protect, host.run)
         stay = {release.env for release in releases.all().values() if release.id not in gone}
         leftovers = releases.leftovers()
+        credentials = credentials_of(releases, gone) - credentials_of(releases, set(releases.all()) - set(gone))
         if not host.check:
             for release in gone:
                 releases.remove(release)
-        stale = [*leftovers, *unused_cache(cache, stay)]
+        stale = [*leftovers, *unused_cache(cache, stay), *credentials]
         if not host.check:
             releases.history.shorten(*EVENTS)
             for path in stale:
@@ -367,6 +368,12 @@ def pruned(host: Host, keep: int, protect: set[str], cache: Path) -> Outcome:
         {"removed": gone, "removed_leftovers": [str(path) for path in stale]},
         {"releases": sorted(set(releases.all()) - set(gone))},
     )
+
+
+def credentials_of(releases: Releases, ids: Iterable[str]) -> set[Path]:
+    """The generations of credentials that these releases read."""
+    links = [releases.path(release) / "credentials" for release in ids]
+    return {link.readlink() for link in links if link.is_symlink() and link.is_dir()}
 
 
 def bad(host: Host, release: str, reason: str) -> Outcome:

@@ -263,6 +263,17 @@ def test_prune_leaves_what_runs_and_what_is_needed(place: Place) -> None:
     assert do(place, "pruned", keep=1)["changed"] is False
 
 
+def test_prune_removes_credentials_that_no_release_reads(place: Place) -> None:
+    old, shared = place.path / "credstore/old", place.path / "credstore/shared"
+    for release, generation in ((A, old), (B, shared), (C, shared)):
+        generation.mkdir(parents=True, exist_ok=True)
+        deploy(place, release, keep_warm=0)
+        (place.release(release) / "credentials").symlink_to(generation)
+    assert str(old) in do(place, "pruned", keep=1, check=True)["removed_leftovers"] and old.is_dir()
+    do(place, "pruned", keep=1)
+    assert (old.exists(), shared.exists()) == (False, True)
+
+
 def test_prune_removes_environments_that_no_release_is_made_of(place: Place) -> None:
     deploy(place, A, keep_warm=0)
     place.write_artifact(library="WORDS = 2\n")

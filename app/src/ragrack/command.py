@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragrack import catalog
-from ragrack.settings import Settings, SettingsError, examine, read_env_file
+from ragrack.settings import SECRETS, Settings, SettingsError, examine, read_env_file
 
 if TYPE_CHECKING:
     from ragrack.catalog import Snapshots
@@ -65,10 +66,32 @@ def settings_here() -> Settings:
             if path.exists():
                 environ |= read_env_file(path)[0]
         environ["RAGRACK_EMBED_MODEL_DIR"] = str(next(release.glob("models/*"), release / "models"))
-    settings, problems = examine(environ, on_host=False, credentials=release / "credentials" if release else None)
+    secrets = unsealed(release / "credentials") if release else {}
+    settings, problems = examine(environ, on_host=False, secrets=secrets)
     if settings is None or problems:
         raise SettingsError(problems)
     return settings
+
+
+def unsealed(credentials: Path) -> dict[str, str]:
+    """The secrets by field that lie in a directory sealed by systemd-creds.
+
+    Who may not read it, as anybody but root, gets none. Raises RefusedError for one that this host cannot open.
+    """
+    opened = {}
+    for field, name in SECRETS.items():
+        path = credentials / field
+        if not os.access(path, os.R_OK):
+            continue
+        asked = ["systemd-creds", "decrypt", f"--name={name}", str(path), "-"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RefusedError(
+                f"the credential {field} cannot be opened on this host ({done.stderr.strip()}). Mend: deploy again, "
+                "which seals it anew"
+            )
+        opened[field] = done.stdout.strip()
+    return opened
 
 
 def act_as_owner(directory: Path) -> None:

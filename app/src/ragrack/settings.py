@@ -523,20 +523,18 @@ def load(environ: Mapping[str, str] = os.environ, *, on_host: bool = True) -> Se
 
 
 def examine(
-    environ: Mapping[str, str], *, on_host: bool, credentials: Path | None = None
+    environ: Mapping[str, str], *, on_host: bool, secrets: Mapping[str, str] | None = None
 ) -> tuple[Settings | None, list[Problem]]:
     """As `load`, but returns the problems; the settings are None where a field of theirs has one.
 
-    credentials: a directory of a release's credentials, for who is not started by systemd.
+    secrets: a release's credentials by field, for who is not started by systemd.
     """
     fields = Settings.model_fields
     problems = list(_unknown(environ))
     values: dict[str, Any] = {
         name: environ[variable(name)] for name in fields if name not in SECRETS and environ.get(variable(name))
     }
-    values |= _secrets(environ)
-    if credentials is not None:
-        values |= _read_secrets({field: credentials / field for field in SECRETS})
+    values |= _secrets(environ) | dict(secrets or {})
     bad: set[str] = set()
     settings = None
     try:
@@ -647,10 +645,7 @@ def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         return {}
-    return _read_secrets({field: Path(directory) / name for field, name in SECRETS.items()})
-
-
-def _read_secrets(files: Mapping[str, Path]) -> dict[str, str]:
+    files = {field: Path(directory) / name for field, name in SECRETS.items()}
     readable = {field: path for field, path in files.items() if os.access(path, os.R_OK)}
     return {field: path.read_text(encoding="utf-8").strip() for field, path in readable.items()}
 

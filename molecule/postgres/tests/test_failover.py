@@ -19,10 +19,11 @@ QUESTIONS = [entry["question"] for entry in fleet.questions()]
 PATIENCE_SECONDS = 180
 # Commits a row every tenth of a second for 90 seconds and writes down which were acknowledged.
 WRITER = """
-import pathlib, sys, time
+import sys, time
 import psycopg
+from ragrack.command import settings_here
 
-password = pathlib.Path('/opt/ragrack/current/credentials/postgres_password').read_text()
+password = settings_here().postgres_password.get_secret_value()
 acknowledged = open('/root/acknowledged', 'w')
 longest, last = 0.0, time.monotonic()
 number, until = 0, time.monotonic() + 90
@@ -43,10 +44,11 @@ while time.monotonic() < until:
 print(f'{longest:.1f}', file=open('/root/stood', 'w'))
 """
 ROWS = """
-import pathlib, sys
+import sys
 import psycopg
+from ragrack.command import settings_here
 
-password = pathlib.Path('/opt/ragrack/current/credentials/postgres_password').read_text()
+password = settings_here().postgres_password.get_secret_value()
 with psycopg.connect(host=sys.argv[1], user='ragrack', password=password, dbname='ragrack', sslmode='verify-full',
                      sslrootcert='/etc/ragrack/postgres-ca.pem', target_session_attrs='read-write') as connection:
     print(*(number for (number,) in connection.execute('SELECT number FROM ragrack.probe')))
