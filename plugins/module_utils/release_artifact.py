@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +15,28 @@ from .release_state import StateError
 
 BLOCK = 4096
 SHIP_AGAIN = "ship the artifact again"
+SIGNER = "ragrack"
+SIGNED_FOR = "ragrack-artifact"
 
 
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_signature(manifest: Path, signature: str, signers: Path) -> None:
+    """Raises StateError unless one of the keys that `signers` lists (ssh's ALLOWED SIGNERS) has signed the manifest."""
+    asked = ["ssh-keygen", "-Y", "verify", "-f", str(signers), "-I", SIGNER, "-n", SIGNED_FOR]
+    with tempfile.NamedTemporaryFile("w", prefix="ragrack-", suffix=".sig") as file:
+        file.write(signature)
+        file.flush()
+        done = subprocess.run([*asked, "-s", file.name], input=manifest.read_bytes(), capture_output=True, check=False)
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).decode(errors="replace").split())
+        raise StateError(
+            f"artifact_dir: {manifest} is not signed by a key that {signers} names ({said}); deploy from where such a "
+            "key is, or name the key in release_signers and run playbooks/site.yml. Nothing was changed"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +87,7 @@ class Artifact:
         return artifact
 
     def verify(self) -> None:
-        """Raises StateError that names every file which is missing or is not what the manifest says."""
+        """Raises StateError that names every file which is missing, is not what the manifest says, or is not in it."""
         wrong = []
         for name, expected in self.files.items():
             path = self.dir / name
@@ -78,6 +97,8 @@ class Artifact:
                 wrong.append(f"{name} has {path.stat().st_size} bytes where the manifest has {expected.size}")
             elif (found := sha256(path)) != expected.sha256:
                 wrong.append(f"{name} has SHA-256 {found[:12]}... where the manifest has {expected.sha256[:12]}...")
+        there = {str(path.relative_to(self.dir)) for path in self.dir.rglob("*") if not path.is_dir()}
+        wrong += [f"{name} is in no manifest" for name in sorted(there - set(self.files) - {"manifest.json"})]
         if wrong:
             shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             raise StateError(f"artifact_dir: {self.dir} is not what was built: {shown}; {SHIP_AGAIN}")

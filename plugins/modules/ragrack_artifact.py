@@ -8,7 +8,8 @@ module: ragrack_artifact
 short_description: Build the artifact of a release on the control node
 description:
   - Builds the app's wheel, a wheelhouse of every third-party package that C(uv.lock) names for each Python of the
-    fleet, and the embedding model, and writes a manifest with the SHA-256 of each file.
+    fleet, the embedding model and a bill of materials (C(sbom.cdx.json), CycloneDX 1.5), and writes a manifest with
+    the SHA-256 of each file. The manifest is signed (C(ssh-keygen -Y sign)), as hosts take no other.
   - The same project files give the same digest, byte for byte. An artifact that was already built is taken as it is.
   - Runs on the control node (delegate to localhost), with the Python that runs Ansible.
   - In check mode the artifact is built as well, since the release's name is made from its content. It is a cache on
@@ -37,6 +38,15 @@ options:
     type: list
     elements: str
     default: []
+  signing_key:
+    description:
+      - The ssh key that signs the manifest, for the namespace C(ragrack-artifact). The path of a public key means the
+        private one that ssh-agent holds.
+    type: path
+    required: true
+  digest:
+    description: Take the artifact of this digest, which was built before, and build none.
+    type: str
   keep:
     description: How many artifacts to keep in O(out_dir).
     type: int
@@ -55,6 +65,7 @@ EXAMPLES = r"""
     project_dir: "{{ playbook_dir }}/.."
     out_dir: "{{ playbook_dir }}/../build"
     pythons: ["3.11", "3.13"]
+    signing_key: "{{ inventory_dir }}/pki/artifact_signing"
   delegate_to: localhost
   run_once: true
 """
@@ -62,6 +73,7 @@ EXAMPLES = r"""
 RETURN = r"""
 artifact_dir: {description: Directory of the artifact., type: str, returned: always}
 digest: {description: SHA-256 over the manifest's content., type: str, returned: always}
+signature: {description: The manifest's signature., type: str, returned: always}
 version: {description: Version of the app., type: str, returned: always}
 seconds: {description: Seconds that each step of the build took., type: dict, returned: always}
 bytes: {description: Bytes of all files., type: int, returned: always}
@@ -73,10 +85,12 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +104,8 @@ else:
 
 SOURCE_EPOCH = "315532800"  # 1980-01-01, the earliest time that a zip archive can hold
 MODEL = "all-minilm-l6-v2"
-BUILDER = 1  # raise it when a change here changes what an artifact holds
+SIGNED_FOR = "ragrack-artifact"
+BUILDER = 2  # raise it when a change here changes what an artifact holds
 
 
 def uv() -> str:
@@ -186,6 +201,36 @@ def model(project: Path, out: Path) -> Path:
     return target
 
 
+def bill_of_materials(project: Path, extras: Sequence[str] = ()) -> str:
+    """What the app is made of, as CycloneDX, with nothing in it that tells one build from another."""
+    exported = run(
+        [
+            *(uv(), "export", "--frozen", "--package", "ragrack", "--no-dev", "--format", "cyclonedx1.5", "--quiet"),
+            *("--directory", str(project), *(f"--extra={name}" for name in extras)),
+        ]
+    )
+    bill = json.loads(exported)
+    del bill["serialNumber"], bill["metadata"]["timestamp"]
+    content = json.dumps(bill, sort_keys=True)
+    bill["serialNumber"] = f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"
+    return json.dumps(bill, indent=1, sort_keys=True) + "\n"
+
+
+def sign(manifest: Path, key: Path) -> str:
+    """Raises WheelError where the key cannot sign."""
+    if not key.is_file():
+        raise WheelError(f"signing_key: there is no {key}. Mend: run playbooks/site.yml, which makes it.")
+    asked = ["ssh-keygen", "-Y", "sign", "-q", "-f", str(key), "-n", SIGNED_FOR]
+    # In a session of its own nobody is there to be asked for a passphrase.
+    done = subprocess.run(asked, input=manifest.read_bytes(), capture_output=True, check=False, start_new_session=True)
+    if done.returncode:
+        raise WheelError(
+            f"signing_key: {key} cannot sign ({done.stderr.decode(errors='replace').strip()}). Mend: give a private "
+            "key without a passphrase, or the public one of a key that ssh-agent holds."
+        )
+    return done.stdout.decode()
+
+
 def app_wheel(project: Path, scratch: Path) -> Path:
     run(
         [
@@ -254,6 +299,7 @@ def build(
         for path in model(project, out).iterdir():
             place(path, scratch / "models" / MODEL / path.name)
     with timed("manifest"):
+        (scratch / "sbom.cdx.json").write_text(bill_of_materials(project, extras))
         manifest = manifest_of(scratch, app_version(project), pythons, architecture)
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         target = artifacts / str(manifest["digest"])[:16]
@@ -301,14 +347,27 @@ def ensure(
             aside.write_text(path.name + "\n")
             aside.replace(pointer)
             prune(out, keep, path)
+    return facts(path) | {"changed": built, "seconds": seconds}
+
+
+def built_before(out: Path, digest: str) -> dict[str, Any]:
+    """The artifact of a digest. Raises WheelError where it is not kept here."""
+    path = out / "artifacts" / digest[:16]
+    if not (path / "manifest.json").is_file():
+        raise WheelError(
+            f"digest: the artifact {digest[:16]} is not in {out}. Mend: run this on the control node that deployed it, "
+            "or deploy from here first."
+        )
+    return facts(path) | {"changed": False, "seconds": {}}
+
+
+def facts(path: Path) -> dict[str, Any]:
     manifest = json.loads((path / "manifest.json").read_text())
     return {
-        "changed": built,
         "artifact_dir": str(path),
         "digest": manifest["digest"],
         "version": manifest["version"],
         "bytes": sum(file["size"] for file in manifest["files"].values()),
-        "seconds": seconds,
     }
 
 
@@ -320,6 +379,8 @@ def main() -> None:
             "pythons": {"type": "list", "elements": "str", "required": True},
             "architecture": {"type": "str", "choices": ["x86_64", "aarch64"], "default": "x86_64"},
             "extras": {"type": "list", "elements": "str", "default": []},
+            "signing_key": {"type": "path", "required": True, "no_log": False},
+            "digest": {"type": "str"},
             "keep": {"type": "int", "default": 5},
         },
         supports_check_mode=True,
@@ -331,17 +392,22 @@ def main() -> None:
             msg=f"pythons: {unusable or 'empty'}; ragrack runs on 3.11 to 3.13. Mend: use Debian 12 or 13 hosts."
         )
     try:
-        result = ensure(
-            Path(module.params["project_dir"]).resolve(),
-            Path(module.params["out_dir"]).resolve(),
-            pythons,
-            module.params["architecture"],
-            module.params["keep"],
-            module.params["extras"],
-        )
+        out = Path(module.params["out_dir"]).resolve()
+        if module.params["digest"]:
+            result = built_before(out, module.params["digest"])
+        else:
+            result = ensure(
+                Path(module.params["project_dir"]).resolve(),
+                out,
+                pythons,
+                module.params["architecture"],
+                module.params["keep"],
+                module.params["extras"],
+            )
+        signature = sign(Path(result["artifact_dir"], "manifest.json"), Path(module.params["signing_key"]))
     except WheelError as error:
         module.fail_json(msg=str(error))
-    module.exit_json(**result)
+    module.exit_json(**result, signature=signature)
 
 
 if __name__ == "__main__":

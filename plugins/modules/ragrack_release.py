@@ -73,6 +73,13 @@ options:
   artifact_dir:
     description: With O(state=staged), the directory on the host that holds the artifact and its C(manifest.json).
     type: path
+  signature:
+    description: With O(state=staged), the signature of the artifact's manifest, as M(ragrack_artifact) returns it.
+    type: str
+  signers:
+    description: With O(state=staged), the file of the keys that may sign, as ssh's ALLOWED SIGNERS.
+    type: path
+    default: /etc/ragrack/allowed_signers
   env:
     description:
       - With O(state=staged), the text of C(app.env), which must hold no secrets.
@@ -174,6 +181,7 @@ EXAMPLES = r"""
     id: 0.1.0-0123456789ab
     version: 0.1.0
     artifact_dir: /var/cache/ragrack/artifact
+    signature: "{{ artifact.signature }}"
     env: |
       RAGRACK_COLLECTIONS="postgres"
     credentials_dir: /etc/ragrack/credstore/none
@@ -297,13 +305,13 @@ from ansible.module_utils.basic import AnsibleModule
 
 if TYPE_CHECKING:
     from module_utils import release_steps as steps
-    from module_utils.release_artifact import SHIP_AGAIN, Artifact
+    from module_utils.release_artifact import SHIP_AGAIN, Artifact, check_signature
     from module_utils.release_service import Systemd
     from module_utils.release_stage import Stager, host_python
     from module_utils.release_state import ID, Releases, StateError
 else:
     from ansible.module_utils import release_steps as steps
-    from ansible.module_utils.release_artifact import SHIP_AGAIN, Artifact
+    from ansible.module_utils.release_artifact import SHIP_AGAIN, Artifact, check_signature
     from ansible.module_utils.release_service import Systemd
     from ansible.module_utils.release_stage import Stager, host_python
     from ansible.module_utils.release_state import ID, Releases, StateError
@@ -342,6 +350,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "history_lines": {"type": "int", "default": 20},
     "version": {"type": "str"},
     "artifact_dir": {"type": "path"},
+    "signature": {"type": "str"},
+    "signers": {"type": "path", "default": "/etc/ragrack/allowed_signers"},
     "env": {"type": "str"},
     "credentials_dir": {"type": "path"},
     "group": {"type": "str", "default": "ragrack"},
@@ -386,6 +396,7 @@ def check_numbers(params: dict[str, Any]) -> None:
 def stage(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
     """Check what staging needs of the host, then stage. In check mode, what other tasks would have made may lack."""
     artifact_dir, python, uv = Path(params["artifact_dir"]), Path(params["python"]), Path(params["uv"])
+    signers = Path(params["signers"])
     credentials = Path(params["credentials_dir"]) if params["credentials_dir"] else None
     if params["id"] in host.releases.all():
         return steps.Outcome(facts={"env_built": False, "stage_seconds": {}})
@@ -396,6 +407,8 @@ def stage(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
         absent.append(f"python: there is no {python}; run playbooks/site.yml on this host")
     if not (artifact_dir / "manifest.json").is_file():
         absent.append(f"artifact_dir: there is no {artifact_dir}/manifest.json; {SHIP_AGAIN}")
+    if not signers.is_file():
+        absent.append(f"signers: there is no {signers}; run playbooks/site.yml on this host")
     if credentials is not None and not credentials.is_dir():
         absent.append(f"credentials_dir: there is no directory {credentials}; deploy the credentials first")
     try:
@@ -408,6 +421,9 @@ def stage(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
         return steps.Outcome(True, {"env_built": True, "stage_seconds": {}}, predicted)
     if absent:
         raise StateError("; ".join(absent) + ". Nothing was changed")
+    # In check mode what lies there is an earlier artifact, or was not shipped at all.
+    if not host.check:
+        check_signature(artifact_dir / "manifest.json", params["signature"], signers)
     artifact = Artifact.load(artifact_dir)
     if artifact.version != params["version"] and not host.check:
         raise StateError(f"version: the artifact in {artifact_dir} is {artifact.version}, not {params['version']}")
@@ -499,7 +515,7 @@ def main() -> None:
         argument_spec=ARGUMENTS,
         required_if=[
             *(("state", state, ("id",)) for state in NEEDS_ID),
-            ("state", "staged", ("version", "artifact_dir", "env")),
+            ("state", "staged", ("version", "artifact_dir", "env", "signature")),
             ("state", "bad", ("reason",)),
             ("state", "audit", ("result", "what")),
         ],

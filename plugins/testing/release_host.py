@@ -248,6 +248,10 @@ class Place:
     def artifact(self) -> Path:
         return self.path / "artifact"
 
+    @property
+    def signature(self) -> Path:
+        return self.path / "signature"
+
     def parameters(self, state: str, **changes: Any) -> dict[str, Any]:
         """Arguments of the module for this host."""
         places: dict[str, Any] = {
@@ -255,6 +259,8 @@ class Place:
             "run_dir": str(self.path / "run"),
             "cache_dir": str(self.cache),
             "artifact_dir": str(self.artifact),
+            "signature": self.signature.read_text() if self.signature.exists() else "",
+            "signers": str(self.path / "signers"),
             "index_dir": str(self.path / "indexes"),
             "python": sys.executable,
             "uv": str(UV),
@@ -310,6 +316,18 @@ class Place:
             **changes,
         }
         (self.artifact / "manifest.json").write_text(json.dumps(facts))
+        self.sign()
+
+    def sign(self, key: str = "signing_key") -> None:
+        """Sign the manifest as it is; `signing_key` is the one that this host trusts."""
+        path = self.path / key
+        if not path.exists():
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+        trusted = (self.path / "signing_key.pub").read_text()
+        (self.path / "signers").write_text(f'ragrack namespaces="ragrack-artifact" {trusted}')
+        manifest = (self.artifact / "manifest.json").read_bytes()
+        asked = ["ssh-keygen", "-Y", "sign", "-q", "-f", str(path), "-n", "ragrack-artifact"]
+        self.signature.write_bytes(subprocess.run(asked, input=manifest, stdout=subprocess.PIPE, check=True).stdout)
 
     def snapshot(self) -> dict[str, str]:
         """Every path below the host with its content or target, to see that nothing changed."""

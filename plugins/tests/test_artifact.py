@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,23 @@ def test_an_extra_is_in_the_artifact_that_asks_for_it() -> None:
     assert "qdrant-client==" in listed
     keys = {artifact.input_key(ROOT, ["3.13"], "x86_64", extras) for extras in ([], ["qdrant"])}
     assert len(keys) == 2
+
+
+def test_the_bill_of_materials_lists_what_is_installed(project: Path, tmp_path: Path) -> None:
+    made = Path(artifact.ensure(project, out_dir(tmp_path), ["3.11"], "x86_64", keep=5)["artifact_dir"])
+    bill = json.loads((made / "sbom.cdx.json").read_text())
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
+    listed = {f"{part['name']}=={part['version']}" for part in bill["components"]}
+    locked = {line.split()[0] for line in (made / "requirements-3.11.txt").read_text().splitlines() if "==" in line}
+    assert locked <= listed
+    assert artifact.bill_of_materials(project) == artifact.bill_of_materials(project)
+
+
+def test_a_key_that_is_not_there_or_needs_a_passphrase_is_refused_in_words(tmp_path: Path) -> None:
+    manifest, key = tmp_path / "manifest.json", tmp_path / "key"
+    manifest.write_text("{}")
+    with pytest.raises(WheelError, match=r"signing_key: there is no .*Mend: run playbooks/site.yml"):
+        artifact.sign(manifest, key)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "a passphrase", "-f", key], check=True)
+    with pytest.raises(WheelError, match=r"signing_key: .* cannot sign .*Mend: give a private key without"):
+        artifact.sign(manifest, key)

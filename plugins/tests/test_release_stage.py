@@ -145,8 +145,31 @@ def test_a_file_that_is_not_what_was_built_is_named(place: Place, spoil: Any, wo
         stage(place, check=True)
 
 
+def test_a_manifest_that_nobody_trusted_has_signed_is_refused(place: Place) -> None:
+    for signature in ("", "no signature", place.signature.read_text().replace("U1NIU0lH", "U1NIU0lI")):
+        assert "is not signed by a key that" in refused(place, signature=signature)
+    place.sign("a_strangers_key")
+    assert "name the key in release_signers" in refused(place)
+
+
+def test_a_manifest_that_was_changed_since_is_refused(place: Place) -> None:
+    manifest = place.artifact / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"0.1.0"', '"0.1.1"'))
+    assert "is not signed by a key that" in refused(place, version="0.1.1")
+
+
+def test_a_host_that_trusts_nobody_says_so(place: Place) -> None:
+    assert "signers: there is no" in refused(place, signers="/nowhere/allowed_signers")
+
+
+def test_a_wheel_that_was_slipped_in_is_refused(place: Place) -> None:
+    (place.artifact / "app/ragrack-0.1.0-1-py3-none-any.whl").write_bytes(b"")
+    assert "app/ragrack-0.1.0-1-py3-none-any.whl is in no manifest" in refused(place)
+
+
 def test_a_manifest_that_is_none_is_refused(place: Place) -> None:
     (place.artifact / "manifest.json").write_text("{}")
+    place.sign()
     assert "manifest.json is not a manifest (KeyError: 'files')" in refused(place)
 
 
