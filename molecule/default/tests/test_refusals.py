@@ -61,6 +61,25 @@ def test_site_refuses_wrong_settings_before_it_touches_a_host() -> None:
     assert played.changed == 0
 
 
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("sources.list.d/own.list", "deb [trusted=yes] https://packages.example.org/ stable main"),
+        ("sources.list.d/own.sources", "Types: deb\nURIs: https://packages.example.org/\nSuites: /\nTrusted: yes"),
+        ("apt.conf.d/99own", 'APT::Get::AllowUnauthenticated "true";'),
+    ],
+)
+def test_site_refuses_packages_that_nobody_has_signed(file: str, line: str) -> None:
+    HOSTS[0].run(f"printf '%s\n' '{line}' >/etc/apt/{file}")
+    try:
+        played = fleet.play("site")
+    finally:
+        HOSTS[0].run(f"rm /etc/apt/{file}")
+    assert played.status != 0
+    assert f"{HOSTS[0].name} takes packages that nobody has signed" in played.output
+    assert played.changed == 0
+
+
 def test_a_full_disk_is_seen_before_anything_is_shipped() -> None:
     with nothing_changes():
         played = fleet.play("deploy", variables={"app_top_k": 2, "release_min_free_mb": 900_000_000})
