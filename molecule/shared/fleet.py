@@ -109,9 +109,12 @@ class Host:
         """The snapshot that answers, whichever worker is asked; None while workers are on their way to another."""
         with self.client() as client:
             answering: str | None = client.get("/version").json()["snapshots"][collection]
+        return answering if self.opened(collection) <= {answering} else None
+
+    def opened(self, collection: str = "postgres") -> set[str]:
+        """The snapshots that workers have open."""
         files = "for p in $(pgrep -f gunicorn); do find /proc/$p/fd -printf '%l\\n' 2>/dev/null; done; true"
-        opened = set(re.findall(rf"/indexes/{collection}/.*/snapshots/([^/]+)/", self.run(files)))
-        return answering if opened <= {answering} else None
+        return set(re.findall(rf"/indexes/{collection}/.*/snapshots/([^/]+)/", self.run(files)))
 
     def ask(self, question: str, **more: Any) -> dict[str, Any]:
         with self.client() as client:

@@ -244,6 +244,62 @@ def test_a_host_that_is_down_is_left_out_until_it_is_deployed_to(load: Load) -> 
     assert load.count.failures == []
 
 
+def test_an_app_host_is_cut_off_from_the_edge(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    """As by a cable: what it sends the edge hosts is lost, and they hear nothing of it."""
+    cut, edge = APPS[1], at_the_edge()
+    load.count.failures.clear()
+    for one in EDGES:
+        cut.run(f"ip route add blackhole {one.address}/32")
+    try:
+        time.sleep(45)
+        within = list(load.count.failures)
+        time.sleep(10)
+        assert load.count.failures == within, "what fails is what was on its way"
+    finally:
+        for one in EDGES:
+            cut.run(f"ip route del blackhole {one.address}/32")
+    since = now(edge)
+    until("its return", lambda: served(edge, since)[cut.name] > 0)
+    with capsys.disabled():
+        print(f"\napp host cut off: {within or 'nothing failed'}")
+    assert len(within) <= 8, within
+    load.count.failures.clear()
+    time.sleep(10)
+    assert load.count.failures == []
+
+
+def test_an_app_host_has_no_room_for_an_index(load: Load) -> None:
+    full, source = APPS[1], fleet.ingesting()
+    indexes, document = "/var/lib/ragrack/indexes", "/var/lib/ragrack/documents/postgres/lighthouse.md"
+    unit = "ragrack-index-pull@postgres"
+    before = full.opened()
+    assert len(before) == 1
+    full.run(
+        f"""set -e; mkdir /run/small
+mount -t tmpfs -o size=$(($(du -sm {indexes} | cut -f1) + 4))m none /run/small
+cp -a {indexes}/. /run/small/; chown --reference={indexes} /run/small; chmod --reference={indexes} /run/small
+mount --bind /run/small {indexes}
+dd if=/dev/zero of={indexes}/full bs=64k 2>/dev/null || true"""
+    )
+    try:
+        source.run(f"echo 'The lighthouse of Skarholm was painted green in 1931.' >{document}")
+        source.run("systemctl start ragrack-ingest@postgres")
+        until("the new index elsewhere", lambda: source.opened().isdisjoint(before))
+        assert full.shell.run(f"systemctl start {unit}").rc != 0
+        assert "MB free: free some" in full.run(f"journalctl --no-pager -o cat -n 20 -u {unit}")
+        assert full.opened() == before
+        assert asked_by(at_the_edge(), full, "/readyz", FLEET) == httpx.codes.OK
+        full.run(f"rm {indexes}/full")
+        full.run(f"umount -l {indexes} /run/small")
+        full.run(f"systemctl start {unit}")
+        until("the new index", lambda: full.opened() == source.opened())
+    finally:
+        full.shell.run(f"umount -l {indexes} /run/small")
+        source.run(f"rm -f {document}; systemctl start ragrack-ingest@postgres")
+    until("one index", lambda: len({one for app in APPS for one in app.opened()}) == 1)
+    assert load.count.failures == []
+
+
 def test_the_edge_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     dead = at_the_edge()
     fleet.machine("kill", dead.name)
