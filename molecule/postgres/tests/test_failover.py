@@ -108,6 +108,31 @@ def test_the_index_goes_back_and_on_for_all_hosts_at_once() -> None:
     assert len({host.snapshot() for host in APPS}) == 1
 
 
+def test_the_second_login_takes_over_while_the_first_gets_a_new_password(capsys: pytest.CaptureFixture[str]) -> None:
+    pki = fleet.INVENTORY / "pki"
+    first, second = pki / "ragrack.password", pki / "ragrack2.password"
+
+    def rotate(user: str, password: str) -> None:
+        wanted = {"app_postgres_user": user, "app_credentials": {"postgres_password": password}}
+        played = fleet.play("rotate_credentials", variables=wanted)
+        assert played.status == 0, played.output
+        for app in APPS:
+            assert app.run("grep POSTGRES_USER /opt/ragrack/current/app.env") == f'RAGRACK_POSTGRES_USER="{user}"'
+
+    with Load([host.url for host in APPS], key=fleet.api_key(), ca=fleet.CA, questions=QUESTIONS, clients=2) as load:
+        rotate("ragrack2", second.read_text().strip())
+        former = first.read_text()
+        first.write_text(former.strip()[::-1] + "\n")
+        played = fleet.play("site", "--tags", "postgres")
+        assert played.status == 0, played.output
+        rotate("ragrack", first.read_text().strip())
+        # What the second one would have built belongs to the first, which it acts as.
+        INGESTING.run("systemctl start ragrack-ingest@postgres")
+    with capsys.disabled():
+        print(f"\nacross new passwords of the database: {load.count}")
+    assert load.count.failures == []
+
+
 def test_the_primary_dies(capsys: pytest.CaptureFixture[str]) -> None:
     names = {host.name for host in DATABASES}
     until("a whole cluster", lambda: {m["State"] for m in members(DATABASES[0])} <= {"running", "streaming"})
