@@ -26,10 +26,10 @@ def node(request: pytest.FixtureRequest) -> Host:
     return host
 
 
-def connect() -> ssl.SSLSocket:
+def connect(host: Host = HOST) -> ssl.SSLSocket:
     context = ssl.create_default_context(cafile=str(fleet.CA))
-    raw = socket.create_connection((HOST.address, 443), timeout=60)
-    return context.wrap_socket(raw, server_hostname=HOST.address)
+    raw = socket.create_connection((host.address, 443), timeout=60)
+    return context.wrap_socket(raw, server_hostname=host.address)
 
 
 def answer(request: bytes) -> bytes:
@@ -145,3 +145,14 @@ def test_what_is_private_is_closed_from_outside(path: str) -> None:
     received = answer(b"GET " + path.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert received.split()[1] in (b"403", b"404", b"401"), received
     assert b"ragrack_requests" not in received
+
+
+def test_metrics_tell_when_certificates_end(node: Host) -> None:
+    node.run("systemctl start ragrack-certificate-ends.service")
+    told = node.run("cat /var/lib/ragrack-metrics/certificates.prom").splitlines()[-1]
+    with connect(node) as connection:
+        served = connection.getpeercert()
+    assert told.startswith('ragrack_certificate_not_after_timestamp_seconds{realm="default"} ')
+    assert served
+    assert int(told.split()[-1]) == ssl.cert_time_to_seconds(str(served["notAfter"]))
+    node.run("systemd-analyze security --no-pager --threshold=25 ragrack-certificate-ends.service")

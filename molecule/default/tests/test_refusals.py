@@ -80,6 +80,13 @@ def test_site_refuses_packages_that_nobody_has_signed(file: str, line: str) -> N
     assert played.changed == 0
 
 
+def test_a_disk_that_is_not_encrypted_is_refused_where_one_is_asked_for() -> None:
+    played = fleet.play("site", "--tags", "app", variables={"app_encrypted": True})
+    assert played.status != 0
+    assert "lies on no encrypted device, and app_encrypted asks for one" in " ".join(played.output.split())
+    assert played.changed == 0
+
+
 def test_a_full_disk_is_seen_before_anything_is_shipped() -> None:
     with nothing_changes():
         played = fleet.play("deploy", variables={"app_top_k": 2, "release_min_free_mb": 900_000_000})
