@@ -161,7 +161,11 @@ class Firewall:
             raise FirewallError("the rules were not confirmed in time and what was before is in force again")
         self.stop_timer()
         self.trial.replace(self.path)
-        self.former.unlink(missing_ok=True)
+        self.forget_trial()
+
+    def forget_trial(self) -> None:
+        for path in (self.trial, self.former):
+            path.unlink(missing_ok=True)
 
     def stop_timer(self) -> None:
         run("systemctl", "stop", f"{REVERT}.timer")
@@ -188,7 +192,11 @@ def main() -> None:
         else:
             body = "".join(f"  {line}\n" if line else "\n" for line in asked["rules"].rstrip().splitlines())
             rules = f"{ANEW}table {TABLE} {{\n{body}}}\n"
-            if not firewall.stands(rules):
+            if firewall.stands(rules):
+                # What went back by itself, after a run that wanted other rules.
+                if not module.check_mode:
+                    firewall.forget_trial()
+            else:
                 answer["changed"] = True
                 answer["diff"] = {
                     "before": firewall.confirmed(),

@@ -109,6 +109,9 @@ def test_what_was_confirmed_comes_back(firewall: Firewall) -> None:
         timer_fires(firewall)
         assert "dport 22" in loaded() and "dport 24" not in loaded()
         assert firewall.path.read_text() == RULES
+        assert firewall.stands(RULES)
+        firewall.forget_trial()
+        firewall.confirm()
 
     apart(life)
 
