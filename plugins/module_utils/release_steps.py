@@ -358,7 +358,7 @@ def pruned(host: Host, keep: int, protect: set[str], cache: Path) -> Outcome:
         if not host.check:
             for release in gone:
                 releases.remove(release)
-        stale = [*leftovers, *unused_cache(cache, stay), *credentials]
+        stale = [*leftovers, *unused_cache(cache, stay), *sorted(credentials)]
         if not host.check:
             releases.history.shorten(*EVENTS)
             for path in stale:

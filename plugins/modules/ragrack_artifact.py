@@ -98,13 +98,14 @@ from typing import TYPE_CHECKING, Any
 from ansible.module_utils.basic import AnsibleModule
 
 if TYPE_CHECKING:
+    from module_utils.release_artifact import SIGNED_FOR
     from module_utils.wheels import WheelError, download, run, sha256
 else:
+    from ansible.module_utils.release_artifact import SIGNED_FOR
     from ansible.module_utils.wheels import WheelError, download, run, sha256
 
 SOURCE_EPOCH = "315532800"  # 1980-01-01, the earliest time that a zip archive can hold
 MODEL = "all-minilm-l6-v2"
-SIGNED_FOR = "ragrack-artifact"
 BUILDER = 2  # raise it when a change here changes what an artifact holds
 
 

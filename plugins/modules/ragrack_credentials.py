@@ -45,15 +45,19 @@ sealed: {description: 'What was sealed, as GENERATION/NAME.', type: list, elemen
 """
 
 import base64
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-STAGING = ".staging-"
+if TYPE_CHECKING:
+    from module_utils.release_state import STAGING, fsync_dir, write_atomically
+else:
+    from ansible.module_utils.release_state import STAGING, fsync_dir, write_atomically
+
 SHORTEST_SEALED = 80
 """Bytes that the header, the nonce and the tag of a sealed value take at the least."""
 
@@ -68,10 +72,10 @@ class Seal:
 
     key: str
 
-    def close(self, name: str, value: str) -> bytes:
-        return self._run(
-            "encrypt", f"--with-key={self.key}", f"--name=credentials_{name}", "-", "-", text=value.encode()
-        )
+    def close(self, path: Path, value: str) -> None:
+        """Write the value to a file, sealed."""
+        options = [f"--with-key={self.key}", f"--name=credentials_{path.name}"]
+        write_atomically(path, self._run("encrypt", *options, "-", "-", text=value.encode()).decode(), 0o600)
 
     def open(self, path: Path) -> str | None:
         """The value, or None for what this host cannot open."""
@@ -98,29 +102,10 @@ def in_clear(path: Path) -> bool:
         return True
 
 
-def write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{STAGING}{path.name}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    fsync_dir(path.parent)
-
-
-def fsync_dir(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def seal_what_lies_in_clear(store: Path, seal: Seal, *, check: bool) -> list[str]:
     clear = [path for path in sorted(store.glob("[!.]*/[!.]*")) if in_clear(path)]
     for path in clear if not check else ():
-        write(path, seal.close(path.name, path.read_text()))
+        seal.close(path, path.read_text())
     return [f"{path.parent.name}/{path.name}" for path in clear]
 
 
@@ -131,22 +116,21 @@ def keep(store: Path, generation: str, values: dict[str, str], seal: Seal, *, ch
     wanted = {name for name, value in values.items() if name not in there or seal.open(place / name) != value}
     if place.is_dir() and not wanted and there == set(values):
         return []
-    if not check:
+    if not check and place.is_dir():
+        # A release may start from it at this moment: each value is replaced in place.
+        for name in wanted:
+            seal.close(place / name, values[name])
+        for name in there - set(values):
+            (place / name).unlink()
+        fsync_dir(place)
+    elif not check:
         aside = store / f"{STAGING}{generation}"
         shutil.rmtree(aside, ignore_errors=True)
         store.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside.mkdir(mode=0o700)
         for name, value in values.items():
-            write(aside / name, seal.close(name, value))
-        if place.is_dir():
-            # A release may start from it at this moment: each value is replaced in place.
-            for name in values:
-                (aside / name).replace(place / name)
-            for name in there - set(values):
-                (place / name).unlink()
-            aside.rmdir()
-        else:
-            aside.rename(place)
+            seal.close(aside / name, value)
+        aside.rename(place)
         fsync_dir(store)
     return [f"{generation}/{name}" for name in sorted(wanted)] or [f"{generation}/"]
 

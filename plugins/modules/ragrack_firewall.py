@@ -60,13 +60,17 @@ RETURN = r"""
 on_trial: {description: Whether the rules wait to be confirmed., type: bool, returned: success}
 """
 
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule
+
+if TYPE_CHECKING:
+    from module_utils.release_state import fsync_dir, write_atomically
+else:
+    from ansible.module_utils.release_state import fsync_dir, write_atomically
 
 TABLE = "inet ragrack"
 # In one file, so one transaction: there is no moment without rules.
@@ -88,21 +92,6 @@ def must(*command: str, what: str, text: str | None = None) -> None:
         raise FirewallError(f"{what}: {(done.stderr or done.stdout).strip()}")
 
 
-def write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.chmod(0o600)
-    aside.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 @dataclass(frozen=True)
 class Firewall:
     """The rules that are confirmed, those on trial beside them, and the timer that ends the trial."""
@@ -112,11 +101,6 @@ class Firewall:
     @property
     def trial(self) -> Path:
         return self.path.with_suffix(".trial")
-
-    @property
-    def former(self) -> Path:
-        """What the timer loads: it must not lie where a trial may write."""
-        return self.path.with_suffix(".former")
 
     def confirmed(self) -> str:
         return self.path.read_text() if self.path.exists() else ""
@@ -137,9 +121,9 @@ class Firewall:
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.stop_timer()
-        write(self.former, self.confirmed() or ANEW)
-        write(self.trial, rules)
-        back = ["/usr/sbin/nft", "--file", str(self.former)]
+        write_atomically(self.trial, rules, 0o600)
+        # What is confirmed stays where it is until the timer is stopped; where nothing is, there was no table.
+        back = ["--file", str(self.path)] if self.path.exists() else ["delete", "table", *TABLE.split()]
         timer = [
             f"--unit={REVERT}",
             f"--on-active={seconds}",
@@ -147,9 +131,8 @@ class Firewall:
             "--collect",
             "--quiet",
         ]
-        must(
-            "systemd-run", *timer, *back, what="the timer that would revert the rules cannot start; nothing was changed"
-        )
+        cannot = "the timer that would revert the rules cannot start; nothing was changed"
+        must("systemd-run", *timer, "/usr/sbin/nft", *back, what=cannot)
         must("nft", "--file", str(self.trial), what="rules: nftables refused them; nothing was changed")
 
     def confirm(self) -> None:
@@ -161,11 +144,10 @@ class Firewall:
             raise FirewallError("the rules were not confirmed in time and what was before is in force again")
         self.stop_timer()
         self.trial.replace(self.path)
-        self.forget_trial()
+        fsync_dir(self.path.parent)
 
     def forget_trial(self) -> None:
-        for path in (self.trial, self.former):
-            path.unlink(missing_ok=True)
+        self.trial.unlink(missing_ok=True)
 
     def stop_timer(self) -> None:
         run("systemctl", "stop", f"{REVERT}.timer")

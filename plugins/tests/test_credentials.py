@@ -82,7 +82,7 @@ def test_a_name_that_is_gone_from_the_generation_goes(tmp_path: Path) -> None:
     assert [one.name for one in (tmp_path / "g1").iterdir()] == ["a"]
 
 
-def test_a_host_without_systemd_creds_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_systemd_creds_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(CredentialsError, match="Mend: use a host with systemd 250"):
-        SEAL.close("a", "1")
+        SEAL.close(tmp_path / "a", "1")
