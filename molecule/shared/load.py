@@ -53,7 +53,7 @@ class Load:
         ca: Path,
         questions: list[str],
         clients: int = 4,
-        pause: float = 0.1,
+        pause: float = 0.5,
         streams: bool = False,
         ways: list[Way] | None = None,
     ) -> None:

@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("--key-file", type=Path, help="holds the API key; default: gate.key beside the socket")
     golden.add_argument("--allow-missing", action="store_true", help="no golden file: one answered question is enough")
     golden.add_argument("--allow-degraded", action="store_true", help="pass even if the LLM does not answer")
+    golden.add_argument(
+        "--answers",
+        type=int,
+        default=4,
+        help="how many of those with a phrase are asked for an answer, too (default 4)",
+    )
     golden.add_argument("--json", action="store_true")
     golden.set_defaults(run=_golden)
 
@@ -229,7 +235,15 @@ def _golden(arguments: argparse.Namespace) -> int:
     target = Target(arguments.socket, arguments.url, arguments.cacert, _key(key_file) if key_file else None)
     golden = _golden_set(arguments)
     try:
-        report = asyncio.run(ask(target, arguments.collection, golden, allow_degraded=arguments.allow_degraded))
+        report = asyncio.run(
+            ask(
+                target,
+                arguments.collection,
+                golden,
+                allow_degraded=arguments.allow_degraded,
+                answers=arguments.answers,
+            )
+        )
     except GateError as error:
         raise RefusedError(str(error)) from error
     if arguments.json:
