@@ -85,7 +85,7 @@ class Load:
             verify=context,
             limits=httpx.Limits(max_keepalive_connections=1 if keep else 0),
             headers={"Authorization": f"Bearer {self._key}"},
-            timeout=30,
+            timeout=20,
         )
         deadline = time.monotonic() + 1200
         async with client:

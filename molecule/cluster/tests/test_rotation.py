@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator
-from pathlib import Path
 
 import fleet
 import pytest
@@ -98,8 +97,11 @@ def test_a_new_ca_is_trusted_before_it_signs(load: Load) -> None:
     assert [one for one in load.count.failures if not one.startswith(OF_A_RELOAD)] == []
 
 
-def test_a_new_ca_signs_and_the_old_one_goes(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_ca_signs_though_a_run_died_and_the_old_one_goes(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    """It died between the change of the key that signs and the first certificate that it signs."""
     old, between = fleet.CA.read_text().split("-----END", 1)[0] + "-----END CERTIFICATE-----\n", of_the_fleet()
+    for directory in (fleet.CA.parent, fleet.CA.parent / "fleet"):
+        (directory / "ca.next.key").rename(directory / "ca.key")
     played = rotate("next")
     assert played.status == 0, played.output
     assert blocks(fleet.CA.read_text()) == 2
@@ -120,18 +122,4 @@ def test_a_new_ca_signs_and_the_old_one_goes(load: Load, capsys: pytest.CaptureF
         served(edge)
     with capsys.disabled():
         print(f"\nacross a new CA, {len(load.count.failures)} of them by the edge's reloads: {load.count}")
-    assert [one for one in load.count.failures if not one.startswith(OF_A_RELOAD)] == []
-
-
-def test_a_rotation_that_died_goes_on(load: Load) -> None:
-    """Here between the change of the key that signs and the first certificate that it signs."""
-    assert rotate("trust").status == 0
-    for directory in (fleet.CA.parent, fleet.CA.parent / "fleet"):
-        Path(directory / "ca.next.key").rename(directory / "ca.key")
-    load.count.failures.clear()
-    played = rotate("next")
-    assert played.status == 0, played.output
-    played = rotate("finish")
-    assert played.status == 0, played.output
-    assert blocks(fleet.CA.read_text()) == 1
     assert [one for one in load.count.failures if not one.startswith(OF_A_RELOAD)] == []
