@@ -40,10 +40,10 @@ def test_every_scenario(capsys: pytest.CaptureFixture[str]) -> None:
         ) as molecule,
     ):
         assert molecule.stdout
-        print()
         for line in molecule.stdout:
             file.write(line)
             if NEWS.search(line):
-                print(line.rstrip(), flush=True)
+                # A process of several has but its standard error in common with who started it.
+                print(line.rstrip(), file=sys.stderr, flush=True)
     tail = "".join(log.read_text().splitlines(keepends=True)[-300:])
     assert molecule.returncode == 0, f"the whole output is in {log}\n{tail}"
