@@ -1,9 +1,18 @@
-"""How `bin/test` shares the tests between its two processes: by file, and all that make hosts go to one of them."""
+"""How `bin/test` shares the tests between its two processes: by file, and all that make hosts to one of them."""
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+from xdist.scheduler.protocol import Scheduling
+
+HOSTS = ("tests/test_demo.py", "tests/test_molecule.py", "molecule/shared/tests/test_testhosts_real.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        group = "hosts" if item.get_closest_marker("hosts") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+class ByFile(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "hosts" if file in HOSTS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return ByFile(config, log)
