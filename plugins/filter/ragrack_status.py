@@ -39,6 +39,7 @@ def ragrack_status_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
         _titled("Left out", left_out),
         _titled("Lock", locks or ["free"]),
         _titled("Certificates", certificates),
+        _titled("Artifact", _artifacts(hosts)),
         _titled("Last runs", _deploys(hosts)),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -70,6 +71,15 @@ def _cell(value: str | None) -> str:
 
 def _titled(title: str, lines: Sequence[str]) -> Sequence[str]:
     return [f"{title}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _artifacts(hosts: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """Each artifact that serves, with its hosts: one line where the fleet is on one."""
+    on: dict[str, list[str]] = {}
+    for name, found in hosts.items():
+        if found.get("artifact"):
+            on.setdefault(str(found["artifact"]), []).append(name)
+    return [f"{digest} on {', '.join(names)}" for digest, names in on.items()]
 
 
 def _deploys(hosts: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:

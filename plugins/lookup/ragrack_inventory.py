@@ -54,6 +54,8 @@ RETIRED: dict[str, str | None] = {
     "nginx_certificate_key": "tls_key",
     "nginx_upstreams": None,
 }
+# What the example inventories have where a value of one's own belongs.
+PLACEHOLDER = "CHANGE-ME"
 UNREADABLE = object()
 """The value of what only Ansible can read: a template, or what is encrypted."""
 
@@ -204,7 +206,9 @@ def problems(
         if one.scope and one.scope not in members and not (one.of_host and one.scope in members.get("all", ())):
             what = "host" if one.of_host else "group"
             found.found.append((one.file, 0, f"there is no {what} {one.scope}: nothing that is set here is used"))
-        if one.name.startswith(known.prefixes) or one.name in RETIRED:
+        if one.value == PLACEHOLDER:
+            found.add(one, f"{one.name} is still {PLACEHOLDER}: put your own value in")
+        elif one.name.startswith(known.prefixes) or one.name in RETIRED:
             _known(one, known, found)
     ours = [one for one in given if one.name in known.options]
     _twice(ours, found)
@@ -304,7 +308,7 @@ def _siblings(
                     )
 
 
-def _files(directory: Path) -> Iterator[tuple[str, Path]]:
+def files(directory: Path) -> Iterator[tuple[str, Path]]:
     """Files of a group_vars or host_vars by the name of the group or host that they are for."""
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -337,7 +341,7 @@ class LookupModule(LookupBase):
 
     def _beside(self, directory: Path) -> Iterator[Given]:
         for kind, of_host in (("group_vars", False), ("host_vars", True)):
-            for scope, file in _files(directory / kind):
+            for scope, file in files(directory / kind):
                 try:
                     yield from variables(self._text(file), str(file), scope, of_host=of_host)
                 except yaml.YAMLError as error:

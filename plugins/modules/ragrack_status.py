@@ -51,6 +51,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 release: {description: The live release., type: str, returned: always}
+artifact: {description: Digest of the artifact that the live release was made of., type: str, returned: always}
 previous: {description: Where a rollback goes., type: str, returned: always}
 state:
   description: V(ready), V(not ready), V(not running) or V(nothing deployed).
@@ -102,6 +103,7 @@ def status(root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, 
     releases = Releases(root)
     found: dict[str, Any] = {
         "release": None,
+        "artifact": None,
         "previous": None,
         "state": "nothing deployed",
         "indexes": [],
@@ -143,7 +145,7 @@ def status(root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, 
         with _noting(found["problems"]):
             says = version(socket)
     with _noting(found["problems"]):
-        releases.require(found["release"])
+        found["artifact"] = releases.require(found["release"]).artifact
         cli = Cli(releases.path(found["release"]))
         serves = says.get("snapshots") or {}
         found["indexes"] = [

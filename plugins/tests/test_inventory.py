@@ -34,6 +34,7 @@ def found(*files: tuple[str, str]) -> list[str]:
         ("index_threads: many", "group_vars/all.yml:1: argument 'index_threads' is of type str and we were unable"),
         ("app_vector_store: faiss", "value of app_vector_store must be one of: embedded, postgres, qdrant, got: faiss"),
         ("index_collections:\n- {nam: x}", "group_vars/all.yml:1: "),
+        ("vault_key: CHANGE-ME", "group_vars/all.yml:1: vault_key is still CHANGE-ME: put your own value in"),
         ("app_top_k:", "group_vars/all.yml:1: app_top_k has no value"),
         ("app_top_k: 3\napp_top_k: 4", "group_vars/all.yml:2: app_top_k is set for all at group_vars/all.yml:1, too"),
     ],
@@ -100,6 +101,21 @@ def test_an_inventory_of_either_kind_is_read() -> None:
         assert {one.name: one.line for one in given} == dict(zip(("app_topk", "app_worker"), lines, strict=True))
 
 
+@pytest.mark.parametrize("name", ["demo", "staging", "production"])
+def test_the_examples_lack_nothing_but_ones_own_values(name: str) -> None:
+    inventory = ROOT / "inventories" / name
+    given = [
+        one
+        for directory, of_host in (("group_vars", False), ("host_vars", True))
+        for scope, file in checked.files(inventory / directory)
+        for one in checked.variables(file.read_text(), file.name, scope, of_host=of_host)
+    ]
+    groups = {"all": ["a"], "app": ["a"], "edge": ["e"], "demo": ["a"]}
+    lines = checked.problems(given, KNOWN, groups, dict.fromkeys(groups, (1, 1)))
+    assert [line for line in lines if "is still CHANGE-ME" not in line] == []
+    assert bool(lines) is (name != "demo")
+
+
 def test_a_playbook_asks_it_of_a_whole_inventory(tmp_path: Path) -> None:
     """Encrypted files too, by the password that the run has."""
     (tmp_path / "group_vars/all").mkdir(parents=True)
@@ -126,4 +142,5 @@ def test_a_playbook_asks_it_of_a_whole_inventory(tmp_path: Path) -> None:
         f"app_top_k: {tmp_path}/group_vars/app.yml:1",
         "nothing was changed on any host",
     ):
-        assert line in done.stdout.replace("\\n", "\n"), done.stdout
+        assert line in done.stdout, done.stdout
+    assert f"{secrets}:1: no role knows app_credential; did you mean app_credentials?" in done.stdout.splitlines()

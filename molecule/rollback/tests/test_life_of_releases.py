@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -162,6 +163,23 @@ def test_deploy_c_mended() -> None:
     played = deploy(app_top_k=7)
     assert played.status == 0, played.output
     STORY["C"] = serving()
+
+
+def test_the_artifact_that_was_seen_to_work_is_the_one_that_goes_elsewhere(tmp_path: Path) -> None:
+    """Whatever the checkout holds by then."""
+    played = fleet.play("smoke")
+    assert (played.status, played.changed) == (0, 0), played.output
+    seen = re.search(rf"{STORY['C']} of artifact ([0-9a-f]{{64}}) on ", played.output)
+    assert seen
+    assert played.output.count("gate passed: hit rate") == len(HOSTS)
+    project = checkout_with(tmp_path, "__main__.py", "\n# What nobody has tried.\n")
+    played = deploy(app_top_k=8, release_project_dir=str(project), release_artifact_digest=seen[1])
+    assert played.status == 0, played.output
+    for host in HOSTS:
+        assert json.loads(host.run("cat /opt/ragrack/current/release.json"))["artifact"] == seen[1]
+    refused = deploy(release_artifact_digest="0" * 64)
+    assert refused.status != 0
+    assert "the artifact 0000000000000000 is not in" in refused.output
 
 
 def test_roll_back_by_name() -> None:
