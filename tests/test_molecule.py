@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STATE = ROOT / ".state"
 # What a reader wants to see go by; the rest is in the log.
-NEWS = re.compile(r"Executed: |\d+ (passed|failed)|failed of \d+|CRITICAL|^\S*(FAILED|ERROR)")
+NEWS = re.compile(r"Executed: |\d+ (passed|failed)|failed of \d+|a host lost|CRITICAL|^\S*(FAILED|ERROR)")
 
 
 @pytest.mark.hosts

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import testinfra
 import yaml
+from testhosts.machine import remove_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIO = Path(os.environ.get("MOLECULE_SCENARIO_DIRECTORY", ROOT / "molecule/default"))
@@ -219,3 +220,13 @@ def machine(verb: str, *names: str) -> None:
     """Start, stop or kill test hosts."""
     program = ROOT / "molecule/shared/hosts.py"
     subprocess.run([sys.executable, str(program), verb, "--run", RUN, "--state", str(STATE), *names], check=True)
+
+
+def renew(host: Host) -> None:
+    """A bare machine of the same name and address takes the place of a test host, which is lost with all it had."""
+    machine("kill", host.name)
+    remove_tree(STATE / host.name / "root")
+    suites = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["hosts"]
+    made = [f"{name}={settings['test_suite']}" for name, settings in suites.items()]
+    which = ["--run", RUN, "--state", str(STATE), "--owner", "molecule", "--host-vars", str(INVENTORY / "host_vars")]
+    subprocess.run([sys.executable, str(ROOT / "molecule/shared/hosts.py"), "create", *which, *made], check=True)
