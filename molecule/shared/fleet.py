@@ -31,7 +31,7 @@ RUN = f"molecule-{SCENARIO.name}" if OWN else "molecule"
 BIN = Path(sys.executable).parent
 CA = INVENTORY / "pki/ca.pem"
 STATE = ROOT / ".state" / RUN
-GOLDEN = ROOT / "inventories/demo/collections/postgres/golden.yml"
+GOLDEN = ROOT / "molecule/shared/collection/golden.yml"
 
 
 @dataclass(frozen=True)
