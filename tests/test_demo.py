@@ -38,6 +38,11 @@ class Checkout:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, path / name)
 
+        # What it makes there once, the scenarios need too: images of Debian, packages, the model.
+        for name in (".cache", "build"):
+            (ROOT / name).mkdir(exist_ok=True)
+            (path / name).symlink_to(ROOT / name)
+
     def demo(self, *arguments: str) -> str:
         outside = ("ANSIBLE_", "PYTEST_", "VIRTUAL_ENV", "UV_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
