@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Days after which status reminds, and the playbook or unit that mends it.
+CERTIFICATE_DAYS_LEFT = 14
+ROTATE_DAYS = {"credentials": 180, "certificates": 365}
+BACKUP_DAYS = {"success": 2, "check": 14}
+BACKUP_WORDS = {"success": "its last backup", "check": "the last check of its backups"}
+
 HEAD = ("HOST", "RELEASE", "PREVIOUS", "STATE", "COLLECTION", "SERVES", "CURRENT", "HELD")
 
 
@@ -39,6 +45,7 @@ def ragrack_status_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
         _titled("Left out", left_out),
         _titled("Lock", locks or ["free"]),
         _titled("Certificates", certificates),
+        _titled("Due", _due(hosts)),
         _titled("Artifact", _artifacts(hosts)),
         _titled("Last runs", _deploys(hosts)),
     ]
@@ -71,6 +78,25 @@ def _cell(value: str | None) -> str:
 
 def _titled(title: str, lines: Sequence[str]) -> Sequence[str]:
     return [f"{title}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _due(hosts: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """What somebody should do soon, with the way to do it."""
+    lines: dict[str, list[str]] = {}
+    for name, found in hosts.items():
+        for realm, days in found.get("certificates", {}).items():
+            if days < CERTIFICATE_DAYS_LEFT:
+                what = f"the certificate of realm {realm} ends in {days} days: playbooks/rotate_certificates.yml"
+                lines.setdefault(what, []).append(name)
+        for thing, days in found.get("rotated", {}).items():
+            if days is not None and days > ROTATE_DAYS[thing]:
+                what = f"{thing} are as they were {days} days ago: playbooks/rotate_{thing}.yml"
+                lines.setdefault(what, []).append(name)
+        for thing, days in found.get("backups", {}).items():
+            if days is None or days > BACKUP_DAYS[thing]:
+                when = "never went well" if days is None else f"went well {days} days ago"
+                lines.setdefault(f"{BACKUP_WORDS[thing]} {when}: journalctl -u 'ragrack-backup*'", []).append(name)
+    return [f"{what} (on {', '.join(names)})" for what, names in lines.items()]
 
 
 def _artifacts(hosts: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:

@@ -31,6 +31,10 @@ options:
     description: Where the certificates are, a directory for each realm.
     type: path
     default: /etc/ragrack/tls
+  backups:
+    description: The file that tells when a backup was made and the repository found well.
+    type: path
+    default: /var/lib/ragrack-metrics/backup.prom
   deploys:
     description: How many deploys, rollbacks and ingests of the history to return.
     type: int
@@ -68,17 +72,24 @@ left_out: {description: The app hosts that this edge host sends nothing to, with
 deploys: {description: The last lines of the audit log., type: list, elements: dict, returned: always}
 timeline: {description: What those runs did on this host., type: list, elements: dict, returned: always}
 certificates: {description: Days that the certificate of each realm is still good., type: dict, returned: always}
+rotated:
+  description: Days since C(credentials) and C(certificates) were last rotated by a playbook, or the history began.
+  type: dict
+  returned: always
+backups: {description: Days since the last C(success) and the last C(check) that was one., type: dict, returned: always}
 drift: {description: Files of the live release that were changed., type: list, elements: str, returned: always}
 problems: {description: What is wrong, one sentence each., type: list, elements: str, returned: always}
 """
 
 import http.client
 import json
+import re
 import ssl
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +107,12 @@ else:
     from ansible.module_utils.release_state import Releases, StateError
 
 TIMEOUT_SECONDS = 5
+DAY_SECONDS = 86400
 
 
-def status(root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, deploys: int) -> dict[str, Any]:
+def status(
+    root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, deploys: int, backups: Path | None = None
+) -> dict[str, Any]:
     """What the module returns. Raises nothing for a host that is in a bad way: its problems are the answer."""
     releases = Releases(root)
     found: dict[str, Any] = {
@@ -111,7 +125,7 @@ def status(root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, 
         "drained": None,
         "left_out": {},
     }
-    found |= {"deploys": [], "timeline": [], "drift": [], "problems": []}
+    found |= {"deploys": [], "timeline": [], "rotated": {}, "backups": {}, "drift": [], "problems": []}
     found["certificates"] = {}
     for certificate in sorted(tls.glob("*/cert.pem")):
         with _noting(found["problems"]):
@@ -119,6 +133,8 @@ def status(root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, 
     with _noting(found["problems"]):
         holder = FleetLock(root).holder()
         found["lock"] = holder.words() if holder else None
+    with _noting(found["problems"]):
+        found["backups"] = backed_up(backups) if backups and backups.exists() else {}
     with _noting(found["problems"]):
         found["drained"] = json.loads(drained.read_text()) if drained.exists() else None
     with _noting(found["problems"]):
@@ -128,6 +144,7 @@ def status(root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, 
         audits = [event for event in events if event.get("event") == "audit"]
         found["deploys"] = audits[-deploys:] if deploys else []
         runs = {audit.get("run") for audit in found["deploys"]} - {None}
+        found["rotated"] = {what: days_since(events, f"rotate {what}") for what in ("credentials", "certificates")}
         found["timeline"] = [event for event in events if event.get("run") in runs]
         found["release"] = releases.current()
         found["previous"] = releases.previous()
@@ -192,6 +209,24 @@ def days_left(certificate: Path) -> int:
     return int((end - time.time()) // 86400)
 
 
+def days_since(events: list[dict[str, Any]], what: str) -> int | None:
+    """Since that last went well, or since the first event where it never did; None where there is none."""
+    done = [one for one in events if one.get("what") == what and one.get("result") == "ok"]
+    told = done[-1:] or events[:1]
+    if not told:
+        return None
+    then = datetime.strptime(str(told[0]["time"]), "%Y-%m-%dT%H:%M:%S%z")
+    return int((time.time() - then.timestamp()) // DAY_SECONDS)
+
+
+def backed_up(file: Path) -> dict[str, int | None]:
+    """Days by what went well then, None for what never did. Raises ValueError."""
+    values = dict(re.findall(r"^ragrack_backup_(\w+)_timestamp_seconds (\S+)$", file.read_text(), re.MULTILINE))
+    return {
+        what: int((time.time() - float(then)) // DAY_SECONDS) if float(then) else None for what, then in values.items()
+    }
+
+
 @contextmanager
 def _noting(problems: list[str]) -> Iterator[None]:
     try:
@@ -208,6 +243,7 @@ def main() -> None:
             "drained": {"type": "path", "default": "/etc/ragrack/drained.json"},
             "left_out": {"type": "path", "default": "/etc/ragrack/left-out"},
             "tls": {"type": "path", "default": "/etc/ragrack/tls"},
+            "backups": {"type": "path", "default": "/var/lib/ragrack-metrics/backup.prom"},
             "deploys": {"type": "int", "default": 5},
         },
         supports_check_mode=True,
@@ -217,7 +253,8 @@ def main() -> None:
         module.fail_json(msg=f"deploys: {params['deploys']} is below 0")
     names = ("root", "run_dir", "drained", "left_out", "tls")
     root, run_dir, drained, left_out, tls = (Path(params[name]) for name in names)
-    module.exit_json(changed=False, **status(root, run_dir, drained, left_out, tls, params["deploys"]))
+    found = status(root, run_dir, drained, left_out, tls, params["deploys"], Path(params["backups"]))
+    module.exit_json(changed=False, **found)
 
 
 if __name__ == "__main__":

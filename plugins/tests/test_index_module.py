@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +332,42 @@ def test_status_of_a_drained_host(tmp_path: Path) -> None:
         tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", tmp_path / "left-out", tmp_path / "tls", 5
     )
     assert found["problems"] != []
+
+
+def test_status_tells_what_is_due(tmp_path: Path) -> None:
+    day = 86400
+    history = [{"time": ago(400), "event": "audit", "what": "deploy", "who": "ann", "result": "ok"}]
+    history += [
+        {"time": ago(days), "event": "audit", "what": "rotate credentials", "who": "ann", "result": result}
+        for days, result in ((200, "ok"), (1, "failed"))
+    ]
+    (tmp_path / "opt").mkdir()
+    (tmp_path / "opt/history.jsonl").write_text("".join(json.dumps(one) + "\n" for one in history))
+    backups = tmp_path / "backup.prom"
+    backups.write_text(
+        f"# HELP x\nragrack_backup_success_timestamp_seconds {time.time() - 3.5 * day:.0f}\n"
+        "ragrack_backup_check_timestamp_seconds 0\n"
+    )
+    empty = tmp_path / "empty"
+    found = ragrack_status.status(tmp_path / "opt", empty, empty, empty, empty, 5, backups)
+    assert found["problems"] == []
+    assert found["rotated"] == {"credentials": 200, "certificates": 400}
+    assert found["backups"] == {"success": 3, "check": None}
+    table = ragrack_status_table({"app1": found | {"certificates": {"fleet": 5, "default": 60}}})
+    due = table[table.index("Due:") :].splitlines()[1:6]
+    assert due == [
+        "  the certificate of realm fleet ends in 5 days: playbooks/rotate_certificates.yml (on app1)",
+        "  credentials are as they were 200 days ago: playbooks/rotate_credentials.yml (on app1)",
+        "  certificates are as they were 400 days ago: playbooks/rotate_certificates.yml (on app1)",
+        "  its last backup went well 3 days ago: journalctl -u 'ragrack-backup*' (on app1)",
+        "  the last check of its backups never went well: journalctl -u 'ragrack-backup*' (on app1)",
+    ]
+    well = {"certificates": {"default": 60}, "rotated": {"credentials": 3}, "backups": {"success": 0, "check": 6}}
+    assert "Due:" not in ragrack_status_table({"app1": found | well})
+
+
+def ago(days: int) -> str:
+    return datetime.fromtimestamp(time.time() - days * 86400 - 60, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def test_status_is_one_table() -> None:
