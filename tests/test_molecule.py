@@ -14,8 +14,8 @@ STATE = ROOT / ".state"
 NEWS = re.compile(r"Executed: |\d+ (passed|failed)|failed of \d+|a host lost|CRITICAL|^\S*(FAILED|ERROR)")
 
 
-# Failover of databases: slow, and few changes touch it.
-RARE = ["postgres"]
+# Certificates of an ACME server, failover of databases: slow, and few changes touch them.
+RARE = ["acme", "postgres"]
 
 
 @pytest.mark.hosts
