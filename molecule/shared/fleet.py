@@ -226,7 +226,5 @@ def renew(host: Host) -> None:
     """A bare machine of the same name and address takes the place of a test host, which is lost with all it had."""
     machine("kill", host.name)
     remove_tree(STATE / host.name / "root")
-    suites = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["hosts"]
-    made = [f"{name}={settings['test_suite']}" for name, settings in suites.items()]
-    which = ["--run", RUN, "--state", str(STATE), "--owner", "molecule", "--host-vars", str(INVENTORY / "host_vars")]
-    subprocess.run([sys.executable, str(ROOT / "molecule/shared/hosts.py"), "create", *which, *made], check=True)
+    create = [str(BIN / "ansible-playbook"), "-i", str(INVENTORY), str(ROOT / "molecule/shared/create.yml")]
+    subprocess.run(create, cwd=ROOT, env=environment(), check=True)

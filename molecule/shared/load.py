@@ -15,6 +15,9 @@ from typing import Self
 
 import httpx
 
+TIMEOUT_SECONDS = 20
+"""What a client has not got by then has failed."""
+
 Way = Callable[[httpx.AsyncClient, str], Awaitable[str | None]]
 """Asks in its way, and says what was wrong with the answer."""
 
@@ -85,7 +88,7 @@ class Load:
             verify=context,
             limits=httpx.Limits(max_keepalive_connections=1 if keep else 0),
             headers={"Authorization": f"Bearer {self._key}"},
-            timeout=20,
+            timeout=TIMEOUT_SECONDS,
         )
         deadline = time.monotonic() + 1200
         async with client:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Days after which status reminds, and the playbook or unit that mends it.
@@ -82,30 +82,37 @@ def _titled(title: str, lines: Sequence[str]) -> Sequence[str]:
 
 def _due(hosts: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
     """What somebody should do soon, with the way to do it."""
-    lines: dict[str, list[str]] = {}
-    for name, found in hosts.items():
-        for realm, days in found.get("certificates", {}).items():
-            if days < CERTIFICATE_DAYS_LEFT:
-                what = f"the certificate of realm {realm} ends in {days} days: playbooks/rotate_certificates.yml"
-                lines.setdefault(what, []).append(name)
-        for thing, days in found.get("rotated", {}).items():
-            if days is not None and days > ROTATE_DAYS[thing]:
-                what = f"{thing} are as they were {days} days ago: playbooks/rotate_{thing}.yml"
-                lines.setdefault(what, []).append(name)
-        for thing, days in found.get("backups", {}).items():
-            if days is None or days > BACKUP_DAYS[thing]:
-                when = "never went well" if days is None else f"went well {days} days ago"
-                lines.setdefault(f"{BACKUP_WORDS[thing]} {when}: journalctl -u 'ragrack-backup*'", []).append(name)
-    return [f"{what} (on {', '.join(names)})" for what, names in lines.items()]
+    return [f"{what} (on {', '.join(names)})" for what, names in _by_line(hosts, _due_on).items()]
+
+
+def _due_on(found: Mapping[str, Any]) -> Iterator[str]:
+    for realm, days in found.get("certificates", {}).items():
+        if days < CERTIFICATE_DAYS_LEFT:
+            yield f"the certificate of realm {realm} ends in {days} days: playbooks/rotate_certificates.yml"
+    for thing, days in found.get("rotated", {}).items():
+        if days is not None and days > ROTATE_DAYS[thing]:
+            yield f"{thing} are as they were {days} days ago: playbooks/rotate_{thing}.yml"
+    for thing, days in found.get("backups", {}).items():
+        if days is None or days > BACKUP_DAYS[thing]:
+            when = "never went well" if days is None else f"went well {days} days ago"
+            yield f"{BACKUP_WORDS[thing]} {when}: journalctl -u 'ragrack-backup*'"
 
 
 def _artifacts(hosts: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
     """Each artifact that serves, with its hosts: one line where the fleet is on one."""
-    on: dict[str, list[str]] = {}
+    by_digest = _by_line(hosts, lambda found: filter(None, [found.get("artifact")]))
+    return [f"{digest} on {', '.join(names)}" for digest, names in by_digest.items()]
+
+
+def _by_line(
+    hosts: Mapping[str, Mapping[str, Any]], lines: Callable[[Mapping[str, Any]], Iterable[str]]
+) -> Mapping[str, Sequence[str]]:
+    """The hosts that each line is true of."""
+    true_of: dict[str, list[str]] = {}
     for name, found in hosts.items():
-        if found.get("artifact"):
-            on.setdefault(str(found["artifact"]), []).append(name)
-    return [f"{digest} on {', '.join(names)}" for digest, names in on.items()]
+        for line in lines(found):
+            true_of.setdefault(line, []).append(name)
+    return true_of
 
 
 def _deploys(hosts: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:

@@ -137,8 +137,11 @@ def _pairs(node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node, int]]:
 
 def variables(text: str, file: str, scope: str, *, of_host: bool) -> Iterator[Given]:
     """Those of a file in group_vars or host_vars. Raises yaml.YAMLError where it is no YAML."""
-    root = yaml.compose(text, Loader=_Loader)
-    for name, value, line in _pairs(root):
+    yield from _set_in(yaml.compose(text, Loader=_Loader), scope, file, of_host=of_host)
+
+
+def _set_in(node: yaml.Node | None, scope: str, file: str, *, of_host: bool) -> Iterator[Given]:
+    for name, value, line in _pairs(node):
         yield Given(name, _value(value), scope, of_host, file, line)
 
 
@@ -158,12 +161,10 @@ def inventory(text: str, file: str) -> Iterator[Given]:
 def _of_group(name: str, node: yaml.Node, file: str) -> Iterator[Given]:
     for part, inside, _ in _pairs(node):
         if part == "vars":
-            for variable, value, line in _pairs(inside):
-                yield Given(variable, _value(value), name, False, file, line)
+            yield from _set_in(inside, name, file, of_host=False)
         elif part == "hosts":
-            for host, of_host, _ in _pairs(inside):
-                for variable, value, line in _pairs(of_host):
-                    yield Given(variable, _value(value), host, True, file, line)
+            for host, settings, _ in _pairs(inside):
+                yield from _set_in(settings, host, file, of_host=True)
         elif part == "children":
             for child, group, _ in _pairs(inside):
                 yield from _of_group(child, group, file)

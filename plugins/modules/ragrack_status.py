@@ -111,7 +111,7 @@ DAY_SECONDS = 86400
 
 
 def status(
-    root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, deploys: int, backups: Path | None = None
+    root: Path, run_dir: Path, drained: Path, left_out: Path, tls: Path, backups: Path, deploys: int
 ) -> dict[str, Any]:
     """What the module returns. Raises nothing for a host that is in a bad way: its problems are the answer."""
     releases = Releases(root)
@@ -134,7 +134,7 @@ def status(
         holder = FleetLock(root).holder()
         found["lock"] = holder.words() if holder else None
     with _noting(found["problems"]):
-        found["backups"] = backed_up(backups) if backups and backups.exists() else {}
+        found["backups"] = backed_up(backups) if backups.exists() else {}
     with _noting(found["problems"]):
         found["drained"] = json.loads(drained.read_text()) if drained.exists() else None
     with _noting(found["problems"]):
@@ -206,7 +206,7 @@ def days_left(certificate: Path) -> int:
     if done.returncode:
         raise StateError(f"{certificate}: {done.stderr.strip()}")
     end = ssl.cert_time_to_seconds(done.stdout.strip().removeprefix("notAfter="))
-    return int((end - time.time()) // 86400)
+    return int((end - time.time()) // DAY_SECONDS)
 
 
 def days_since(events: list[dict[str, Any]], what: str) -> int | None:
@@ -216,15 +216,17 @@ def days_since(events: list[dict[str, Any]], what: str) -> int | None:
     if not told:
         return None
     then = datetime.strptime(str(told[0]["time"]), "%Y-%m-%dT%H:%M:%S%z")
-    return int((time.time() - then.timestamp()) // DAY_SECONDS)
+    return days_ago(then.timestamp())
 
 
 def backed_up(file: Path) -> dict[str, int | None]:
     """Days by what went well then, None for what never did. Raises ValueError."""
     values = dict(re.findall(r"^ragrack_backup_(\w+)_timestamp_seconds (\S+)$", file.read_text(), re.MULTILINE))
-    return {
-        what: int((time.time() - float(then)) // DAY_SECONDS) if float(then) else None for what, then in values.items()
-    }
+    return {what: days_ago(float(then)) if float(then) else None for what, then in values.items()}
+
+
+def days_ago(then: float) -> int:
+    return int((time.time() - then) // DAY_SECONDS)
 
 
 @contextmanager
@@ -251,10 +253,9 @@ def main() -> None:
     params = module.params
     if params["deploys"] < 0:
         module.fail_json(msg=f"deploys: {params['deploys']} is below 0")
-    names = ("root", "run_dir", "drained", "left_out", "tls")
-    root, run_dir, drained, left_out, tls = (Path(params[name]) for name in names)
-    found = status(root, run_dir, drained, left_out, tls, params["deploys"], Path(params["backups"]))
-    module.exit_json(changed=False, **found)
+    names = ("root", "run_dir", "drained", "left_out", "tls", "backups")
+    root, run_dir, drained, left_out, tls, backups = (Path(params[name]) for name in names)
+    module.exit_json(changed=False, **status(root, run_dir, drained, left_out, tls, backups, params["deploys"]))
 
 
 if __name__ == "__main__":

@@ -287,7 +287,13 @@ def test_status_of_a_host_that_serves_nothing(host: Place) -> None:
     first, second = publish(directory(host, "manual"), 1, 2)
     FleetLock(host.root).acquire(HOLDER)
     found = ragrack_status.status(
-        host.root, host.path / "run", host.path / "drained.json", host.path / "left-out", host.path / "tls", 5
+        host.root,
+        host.path / "run",
+        host.path / "drained.json",
+        host.path / "left-out",
+        host.path / "tls",
+        host.path / "backup",
+        5,
     )
     assert (found["release"], found["state"]) == (RELEASE, "not running")
     assert found["indexes"][0] == {
@@ -303,7 +309,13 @@ def test_status_of_a_host_that_serves_nothing(host: Place) -> None:
 
 def test_status_of_a_bare_host(tmp_path: Path) -> None:
     found = ragrack_status.status(
-        tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", tmp_path / "left-out", tmp_path / "tls", 5
+        tmp_path / "opt",
+        tmp_path / "run",
+        tmp_path / "drained.json",
+        tmp_path / "left-out",
+        tmp_path / "tls",
+        tmp_path / "backup",
+        5,
     )
     assert (found["state"], found["indexes"], found["problems"]) == ("nothing deployed", [], [])
     assert found["drained"] is None
@@ -313,7 +325,13 @@ def test_status_of_an_edge_host_that_leaves_one_out(tmp_path: Path) -> None:
     (tmp_path / "left-out").mkdir()
     (tmp_path / "left-out" / "app3").write_text("could not be reached\n")
     found = ragrack_status.status(
-        tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", tmp_path / "left-out", tmp_path / "tls", 5
+        tmp_path / "opt",
+        tmp_path / "run",
+        tmp_path / "drained.json",
+        tmp_path / "left-out",
+        tmp_path / "tls",
+        tmp_path / "backup",
+        5,
     )
     assert found["left_out"] == {"app3": "could not be reached"}
     assert "edge1: sends nothing to app3 (could not be reached)" in ragrack_status_table({"edge1": found})
@@ -323,13 +341,25 @@ def test_status_of_a_drained_host(tmp_path: Path) -> None:
     drained = {"since": "2026-11-24T10:00:00Z", "who": "ann@control1", "why": "a new disk"}
     (tmp_path / "drained.json").write_text(json.dumps(drained))
     found = ragrack_status.status(
-        tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", tmp_path / "left-out", tmp_path / "tls", 5
+        tmp_path / "opt",
+        tmp_path / "run",
+        tmp_path / "drained.json",
+        tmp_path / "left-out",
+        tmp_path / "tls",
+        tmp_path / "backup",
+        5,
     )
     assert found["drained"] == drained
     assert "app1: since 2026-11-24T10:00:00Z by ann@control1 (a new disk)" in ragrack_status_table({"app1": found})
     (tmp_path / "drained.json").write_text("{")
     found = ragrack_status.status(
-        tmp_path / "opt", tmp_path / "run", tmp_path / "drained.json", tmp_path / "left-out", tmp_path / "tls", 5
+        tmp_path / "opt",
+        tmp_path / "run",
+        tmp_path / "drained.json",
+        tmp_path / "left-out",
+        tmp_path / "tls",
+        tmp_path / "backup",
+        5,
     )
     assert found["problems"] != []
 
@@ -349,7 +379,7 @@ def test_status_tells_what_is_due(tmp_path: Path) -> None:
         "ragrack_backup_check_timestamp_seconds 0\n"
     )
     empty = tmp_path / "empty"
-    found = ragrack_status.status(tmp_path / "opt", empty, empty, empty, empty, 5, backups)
+    found = ragrack_status.status(tmp_path / "opt", empty, empty, empty, empty, backups, 5)
     assert found["problems"] == []
     assert found["rotated"] == {"credentials": 200, "certificates": 400}
     assert found["backups"] == {"success": 3, "check": None}
@@ -447,6 +477,6 @@ def test_what_drifted_and_when_certificates_end(tmp_path: Path) -> None:
     (tmp_path / "tls/other/cert.pem").write_text("nonsense")
     paths = (tmp_path / name for name in ("opt", "run", "drained", "left-out", "tls"))
     root, run, drained, left_out, tls = paths
-    found = ragrack_status.status(root, run, drained, left_out, tls, 5)
+    found = ragrack_status.status(root, run, drained, left_out, tls, tmp_path / "backup", 5)
     assert found["certificates"] == {"default": 29}
     assert "other" in found["problems"][0]

@@ -106,7 +106,7 @@ async def ask(
     """
     started = time.perf_counter()
     items, k = (golden.questions, golden.k) if golden else ([], 0)
-    phrases = {item.question: item.phrase for item in [item for item in items if item.phrase][:answers]}
+    phrases = dict([(item.question, item.phrase) for item in items if item.phrase][:answers])
     found: dict[str, list[str]] = {}
     said: dict[str, str] = {}
     async with target.client() as client:
@@ -115,12 +115,13 @@ async def ask(
         async def one(question: str) -> None:
             body = {"query": question, "collection": collection, "top_k": k}
             async with slots:
-                nodes = (await _post(client, "/retrieve", body))["nodes"]
-                found[question] = [node["document"] for node in nodes]
                 if question in phrases:
                     # Extractive: an LLM would take minutes over them.
                     answer = await _post(client, "/query", body | {"answer": "extractive"})
-                    said[question] = answer["response"]
+                    said[question], sources = answer["response"], answer["sources"]
+                else:
+                    sources = (await _post(client, "/retrieve", body))["nodes"]
+            found[question] = [source["document"] for source in sources]
 
         await asyncio.gather(*(one(item.question) for item in items))
         first = items[0].question if items else PROBE
@@ -154,7 +155,7 @@ async def ask(
         questions=len(golden.questions) if golden else 0,
         failed=failed,
         phrases=len(phrases),
-        phrases_missing=[q for q, phrase in phrases.items() if phrase and phrase.lower() not in said[q].lower()],
+        phrases_missing=[q for q, phrase in phrases.items() if phrase.lower() not in said[q].lower()],
         degraded=probe["degraded"],
         release=version["release"],
         snapshot=version["snapshots"].get(collection),

@@ -15,7 +15,7 @@ import fleet
 import httpx
 import pytest
 from fleet import Host
-from load import Load
+from load import TIMEOUT_SECONDS, Load
 
 EDGES, APPS = fleet.hosts("edge"), fleet.hosts()
 ADDRESS = EDGES[0].address.rsplit(".", 1)[0] + ".200"
@@ -23,7 +23,7 @@ URL = f"https://{ADDRESS}"
 FLEET = "/etc/ragrack/tls/fleet"
 PATIENCE_SECONDS = 120
 # What was in flight when something died has failed by then.
-IN_FLIGHT_SECONDS = 22
+IN_FLIGHT_SECONDS = TIMEOUT_SECONDS + 2
 QUESTIONS = [entry["question"] for entry in fleet.questions()]
 
 

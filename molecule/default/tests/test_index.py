@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +79,7 @@ def test_ingesting_tells_what_came_of_it(documents: dict[str, Any]) -> None:
     for host in HOSTS:
         assert f"postgres: snapshot {current(host)}, " in played.output
         assert soon(host, known=True)
-    assert ", hit rate " in played.output
+    assert re.search(r", hit rate [01]\.\d", played.output)
     played = fleet.play("ingest", variables=documents)
     assert played.status == 0, played.output
     assert played.changed == 0, "the same documents again change nothing"
