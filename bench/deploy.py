@@ -84,6 +84,7 @@ def _measure(sizes: list[int]) -> Json:
     _play(largest, ROOT / "playbooks/site.yml")
     _play(largest, ROOT / "playbooks/deploy.yml")
     packages = _packages()
+    _play(largest, PLAIN / "prepare.yml")
     _play(largest, PLAIN / "deploy.yml", packages | {"plain_project": str(ROOT)})
     figures: Json = {
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
@@ -130,6 +131,7 @@ def _step(fleet: Fleet, playbook: Path, variables: Json, urls: list[str]) -> Jso
         output = _play(fleet, playbook, variables)
         seconds = time.monotonic() - began
         time.sleep(3)
+    print(f"{len(urls)} hosts, {playbook.parent.name}/{playbook.name}: {seconds:.1f} s, {load.count}", file=sys.stderr)
     flips = [float(ms) for ms in re.findall(r'"flip_ms": ([0-9.]+)', output)]
     return {
         "seconds": round(seconds, 1),
