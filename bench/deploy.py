@@ -164,7 +164,7 @@ def _make(sizes: list[int]) -> dict[int, Fleet]:
         groups = {"edge": {"hosts": members}, "app": {"hosts": members}, "ingest": {"hosts": {names[0]: {}}}}
         hosts = INVENTORY / f"hosts-{size}.yml"
         # All are known, as each has variables; a group has its own.
-        hosts.write_text(json.dumps({"all": {"hosts": dict.fromkeys(names, {}), "children": groups}}))
+        hosts.write_text(json.dumps({"all": {"hosts": dict.fromkeys(names), "children": groups}}))
         fleets[size] = Fleet(hosts, [_address(name) for name in names[:size]])
     return fleets
 

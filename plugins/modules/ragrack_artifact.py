@@ -156,8 +156,11 @@ def build_lock(out: Path) -> Iterator[None]:
         yield
 
 
-def requirements(project: Path, python: str, architecture: str, extras: Sequence[str] = ()) -> str:
-    """The lock, narrowed to one Python and platform: `name==version --hash=...` lines."""
+def requirements(project: Path, python: str, architecture: str, extras: Sequence[str], kept: Path) -> str:
+    """The lock, narrowed to one Python and platform: `name==version --hash=...` lines.
+
+    The package index is asked for it, which takes longer than all else in a build: it is remembered in `kept`.
+    """
     exported = run(
         [
             *(uv(), "export", "--frozen", "--package", "ragrack", "--no-dev", "--no-emit-workspace", "--no-header"),
@@ -165,16 +168,23 @@ def requirements(project: Path, python: str, architecture: str, extras: Sequence
             *(f"--extra={name}" for name in extras),
         ]
     )
+    remembered = kept / f".{hashlib.sha256(f'{BUILDER}{exported}{python}{architecture}'.encode()).hexdigest()[:16]}.txt"
+    if remembered.exists():
+        return remembered.read_text()
     # pip evaluates markers for the Python it runs on, not for the one it downloads for, so uv narrows them first.
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(exported)
         file.flush()
-        return run(
+        narrowed = run(
             [
                 *(uv(), "pip", "compile", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate"),
                 *("--python-version", python, "--python-platform", f"{architecture}-manylinux_2_36", file.name),
             ]
         )
+    aside = remembered.with_suffix(".new")
+    aside.write_text(narrowed)
+    aside.replace(remembered)
+    return narrowed
 
 
 def weights_wheel(project: Path, pool: Path) -> Path:
@@ -291,7 +301,7 @@ def build(
         place(wheel, scratch / "app" / wheel.name)
     with timed("wheels"):
         for python in pythons:
-            listed = requirements(project, python, architecture, extras)
+            listed = requirements(project, python, architecture, extras, out / "wheels")
             (scratch / f"requirements-{python}.txt").write_text(listed)
             for path in download(listed, python, architecture, out / "wheels")[0]:
                 if not (scratch / "wheels" / path.name).exists():
@@ -313,7 +323,7 @@ def build(
 
 
 def prune(out: Path, keep: int, live: Path) -> None:
-    """Remove all but the newest artifacts, and the wheels that none of them holds."""
+    """Remove all but the newest artifacts, and the wheels and lists that none of them holds."""
     kept = sorted(
         (p for p in (out / "artifacts").iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True
     )
@@ -329,6 +339,10 @@ def prune(out: Path, keep: int, live: Path) -> None:
     for listing in (out / "wheels").glob(".*.json"):
         if not all((out / "wheels" / name).exists() for name in json.loads(listing.read_text())):
             listing.unlink()
+    listed = {path.read_text() for path in (out / "artifacts").glob("*/requirements-*.txt")}
+    for narrowed in (out / "wheels").glob(".*.txt"):
+        if narrowed.read_text() not in listed:
+            narrowed.unlink()
 
 
 def ensure(
