@@ -25,8 +25,20 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("rules") / "ragrack-rules.yml"
     variables = [f"--extra-vars=@{ROLE / folder / 'main.yml'}" for folder in ("defaults", "vars")]
     template = f"src={ROLE / 'templates/ragrack-rules.yml.j2'} dest={made}"
-    asked = [Path(sys.executable).parent / "ansible", "localhost", "--inventory=localhost,", "--connection=local"]
-    run(*asked, "-e", "ansible_become=false", *variables, "-m", "ansible.builtin.template", "-a", template)
+    ansible = Path(sys.executable).parent / "ansible"
+    where = ["--inventory=localhost,", "--connection=local"]
+    run(
+        ansible,
+        "localhost",
+        *where,
+        "-e",
+        "ansible_become=false",
+        *variables,
+        "-m",
+        "ansible.builtin.template",
+        "-a",
+        template,
+    )
     return made
 
 

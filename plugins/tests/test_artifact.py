@@ -77,16 +77,25 @@ def test_an_incomplete_checkout_is_named(project: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("python", "numpy"), [("3.11", "2.4."), ("3.13", "2.5.")])
-def test_requirements_are_those_of_the_host_not_of_the_control_node(python: str, numpy: str) -> None:
-    listed = artifact.requirements(ROOT, python, "aarch64")
+def test_requirements_are_those_of_the_host_not_of_the_control_node(python: str, numpy: str, tmp_path: Path) -> None:
+    listed = artifact.requirements(ROOT, python, "aarch64", [], tmp_path)
     assert f"numpy=={numpy}" in listed
     assert "--hash=sha256:" in listed
     assert "ragrack" not in listed
     assert "qdrant" not in listed
 
 
-def test_an_extra_is_in_the_artifact_that_asks_for_it() -> None:
-    listed = artifact.requirements(ROOT, "3.13", "x86_64", ["qdrant"])
+def test_a_lock_that_was_narrowed_before_is_asked_of_no_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listed = artifact.requirements(ROOT, "3.13", "x86_64", [], tmp_path)
+    for name, value in {"UV_OFFLINE": "1", "UV_CACHE_DIR": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    assert artifact.requirements(ROOT, "3.13", "x86_64", [], tmp_path) == listed
+    with pytest.raises(WheelError):
+        artifact.requirements(ROOT, "3.11", "x86_64", [], tmp_path)
+
+
+def test_an_extra_is_in_the_artifact_that_asks_for_it(tmp_path: Path) -> None:
+    listed = artifact.requirements(ROOT, "3.13", "x86_64", ["qdrant"], tmp_path)
     assert "llama-index-vector-stores-qdrant==" in listed
     assert "qdrant-client==" in listed
     keys = {artifact.input_key(ROOT, ["3.13"], "x86_64", extras) for extras in ([], ["qdrant"])}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from llama_index.core.instrumentation import get_dispatcher
+from typing import Any
+
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index_instrumentation import get_dispatcher
 
 
 class Defect(BaseNodePostprocessor):
@@ -13,7 +15,8 @@ class Defect(BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         if query_bundle is not None and "defect" in query_bundle.query_str:
-            get_dispatcher(__name__).event(LLMChatEndEvent.model_construct(messages=[], response="no ChatResponse"))
+            unreadable: Any = "no ChatResponse"
+            get_dispatcher(__name__).event(LLMChatEndEvent.model_construct(messages=[], response=unreadable))
         return nodes
 
 
