@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -145,6 +146,29 @@ def why_not_ready(socket_path: Path) -> str | None:
     finally:
         connection.close()
     return None if response.status == 200 else f"not ready ({response.status}): {reasons(body)}"
+
+
+def why_not_answering(edge: str, release: str, ca: Path, *, verify: bool) -> str | None:
+    """None if GET /readyz at an edge host, over TLS, says that this release is ready; else the reason in words."""
+    context = ssl.create_default_context(cafile=str(ca))
+    if not verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection(edge, timeout=5, context=context)
+    try:
+        connection.request("GET", "/readyz")
+        response = connection.getresponse()
+        body = response.read(20_000).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        return f"https://{edge} does not answer: {error}"
+    finally:
+        connection.close()
+    if response.status != 200:
+        return f"https://{edge} is not ready ({response.status}): {reasons(body)}"
+    try:
+        answered = json.loads(body)["release"]
+    except (ValueError, KeyError, TypeError):
+        return f"https://{edge} answers, but not of a release: {' '.join(body.split())[:200]}"
+    return None if answered == release else f"https://{edge} answers from release {answered}"
 
 
 def reasons(body: str) -> str:

@@ -19,6 +19,7 @@ from .release_service import (
     wait_for_empty_backlog,
     wait_until_ready,
     why_failed,
+    why_not_answering,
     why_not_ready,
 )
 from .release_stage import Stager, unused_cache
@@ -114,8 +115,34 @@ def query(host: Host, target: str | None, history_lines: int) -> Outcome:
         "lock": None if holder is None else vars(holder),
     }
     if target is not None:
-        facts["target"] = releases.resolve(target)
+        facts["target"] = goes_to = releases.resolve(target)
+        life = host.systemd.show(host.unit(goes_to))
+        passed = life.active == "active" and releases.gated_in(goes_to) == life.invocation
+        facts["ready"] = passed and host.ready(host.socket(goes_to)) is None
     return Outcome(facts=facts)
+
+
+def settled(host: Host, release: str, collections: Iterable[str], index_dir: Path, away: Sequence[Outcome]) -> bool:
+    """Whether a deploy of the release would leave this host as it is.
+
+    It serves, for good, in a life that passed the gate and is ready; it has an index of each collection; and none of
+    `away`, what draining and pruning would do in check mode, would change anything.
+    """
+    if host.releases.current() != release or Trials(host.releases).at_hand() is not None:
+        return False
+    path, life = host.releases.path(release), host.systemd.show(host.unit(release))
+    environment = Cli(path).environment()
+    indexed = environment.get("RAGRACK_VECTOR_STORE") == "postgres" or all(
+        any((index_dir / name).glob("*/current")) for name in collections
+    )
+    return (
+        life.active == "active"
+        and host.releases.gated_in(release) == life.invocation
+        and indexed
+        and ((path / "credentials").exists() or not (path / "credentials").is_symlink())
+        and not any(outcome.changed for outcome in away)
+        and host.ready(host.socket(release)) is None
+    )
 
 
 def staged(host: Host, stager: Stager, min_free_mb: int) -> Outcome:
@@ -185,29 +212,32 @@ def indexed(
 
 
 def started(host: Host, release: str, timeout: float) -> Outcome:
-    """Start the release beside what is live and wait until it is ready. One that cannot is stopped and marked bad."""
+    """Start the release beside what is live and wait until it is ready. One that cannot is stopped and marked bad.
+
+    Fact `gated`: whether it runs already, in a life that has passed its gate.
+    """
     if host.check and release not in host.releases.all():
         return Outcome(True, predicted={"running": sorted({*host.running(), release})})
     host.releases.require(release)
     unit = host.unit(release)
     was_warm = release in host.warm()
-    running = host.systemd.show(unit).active == "active"
-    unready = host.ready(host.socket(release)) if running else None
-    done = running and unready is None
+    life = host.systemd.show(unit)
+    done = life.active == "active" and host.ready(host.socket(release)) is None
+    facts: dict[str, Any] = {"gated": done and host.releases.gated_in(release) == life.invocation}
     predicted = {"running": sorted({*host.running(), release})}
     if host.check:
-        return Outcome(not done or was_warm, predicted=predicted)
+        return Outcome(not done or was_warm, facts, predicted)
     _check_loaded(host, unit)
     if was_warm:
         host.systemd.stop(host.timer(release))  # or it would stop the release while it is being switched to
     if done:
-        return Outcome(was_warm, predicted=predicted)
+        return Outcome(was_warm, facts, predicted)
     began = time.monotonic()
     failed = wait_until_ready(host.systemd, unit, host.socket(release), timeout, host.ready)
     if failed is not None:
         raise _failed(host, release, f"release {release} did not start: {failed}", failed)
     _note(host, "started", release)
-    return Outcome(True, {"start_seconds": round(time.monotonic() - began, 3)}, predicted)
+    return Outcome(True, facts | {"start_seconds": round(time.monotonic() - began, 3)}, predicted)
 
 
 def gated(host: Host, release: str, collections: Sequence[str], timeout: float, how: str = "deploy") -> Outcome:
@@ -291,6 +321,16 @@ def live(host: Host, release: str, how: str, confirm_within: float = 0) -> Outco
                 raise StateError(f"{failed}: without it this host could not go back by itself; nothing was changed")
         took = host.releases.flip(release, how=how, who=host.who, what=host.what, run=host.run)
     return Outcome(True, {"flip_ms": round(took, 2)}, predicted)
+
+
+def answering(host: Host, release: str, edge: str, ca: Path, timeout: float, *, verify: bool) -> Outcome:
+    """Wait until the edge answers from the release. Raises StateError where it does not within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not host.check and (wrong := why_not_answering(edge, release, ca, verify=verify)) is not None:
+        if time.monotonic() >= deadline:
+            raise StateError(f"release {release} was not seen through the edge within {timeout:g} s: {wrong}")
+        time.sleep(0.2)
+    return Outcome()
 
 
 def confirmed(host: Host, release: str) -> Outcome:

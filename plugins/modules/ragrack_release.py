@@ -16,13 +16,16 @@ description:
 options:
   state:
     description:
-      - V(query) returns the facts and, with O(target), resolves a rollback target.
+      - Several are taken one after the other, as far as each ends well.
+      - V(query) returns the facts; with O(target) it resolves a rollback target, with O(id) it says whether a deploy of
+        that release would change anything.
       - V(staged) builds the release from the artifact, aside, and renames it to its place. An id that is there is left
         alone.
       - V(indexed) has the staged release build the index snapshots it lacks (C(ragrack-index@ID.service)).
       - V(started) starts C(ragrack@ID.service) and waits until C(/readyz) on its own socket answers 200.
       - V(gated) asks the golden questions through the release's own API.
       - V(live) points C(current) at a release that passed its gate since it was started.
+      - V(answering) waits until O(edge) answers from the release. It reports no change.
       - V(confirmed) keeps the host on it, see O(confirm_within). It reports no change.
       - V(drained) stops every other running release, or starts the timer that does so later.
       - V(pruned) removes releases that nothing needs. The live one, the rollback target and what runs always stay. A
@@ -30,9 +33,10 @@ options:
       - V(bad) marks a release, which is then never a rollback target until it goes live again.
       - V(audit) adds the playbook's line to the history. It reports no change.
       - A release that fails V(started) or V(gated) is stopped and marked bad, unless it is the one that is live.
-    type: str
+    type: list
+    elements: str
     required: true
-    choices: [query, staged, indexed, started, gated, live, confirmed, drained, pruned, bad, audit]
+    choices: [query, staged, indexed, started, gated, live, answering, confirmed, drained, pruned, bad, audit]
   id:
     description: The release, as C(0.1.0-0123456789ab).
     type: str
@@ -117,7 +121,8 @@ options:
   timeout:
     description:
       - Seconds to wait.
-      - Where not given, V(started) 60, V(gated) 120 for each collection, V(indexed) 3600, V(drained) 30.
+      - Where not given, V(started) 60, V(gated) 120 for each collection, V(indexed) 3600, V(answering) 10 and
+        V(drained) 30.
     type: float
   how:
     description:
@@ -133,6 +138,17 @@ options:
       - Again for the release that is live, the time counts from then.
     type: float
     default: 0
+  edge:
+    description: With O(state=answering), the address that is asked over TLS, as a host's name or C(host:port).
+    type: str
+  edge_ca:
+    description: With O(state=answering), the certificate that the edge's own is verified with.
+    type: path
+    default: /etc/ragrack/tls/default/ca.pem
+  edge_verify:
+    description: With O(state=answering), false where the edge's certificate is not for O(edge).
+    type: bool
+    default: true
   keep_warm:
     description:
       - With O(state=drained), 0 stops what was live before at once.
@@ -189,11 +205,10 @@ EXAMPLES = r"""
 
 - name: Start it, ask it, switch to it
   ragrack_release:
-    state: "{{ item }}"
+    state: [started, gated, live]
     id: 0.1.0-0123456789ab
     collections: [postgres]
     run: "{{ lookup('ragrack_controller').run }}"
-  loop: [started, gated, live]
 
 - name: Find out where a rollback would go
   ragrack_release:
@@ -236,6 +251,14 @@ target:
   description: The id that O(target) resolved to.
   type: str
   returned: with O(target)
+ready:
+  description: Whether the target runs, in a life that passed its gate, so that it can go live at once.
+  type: bool
+  returned: with O(target)
+settled:
+  description: Whether a deploy of O(id) would leave the host as it is.
+  type: bool
+  returned: with O(state=query) and O(id)
 env_built:
   description: Whether third-party packages had to be installed.
   type: bool
@@ -253,6 +276,10 @@ fingerprint:
   description: What the snapshots are built with.
   type: str
   returned: with O(state=indexed)
+gated:
+  description: Whether the release ran already, in a life that has passed its gate.
+  type: bool
+  returned: with O(state=started)
 start_seconds:
   description: Seconds until the release was ready.
   type: float
@@ -298,6 +325,7 @@ log:
 
 import grp
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,12 +344,19 @@ else:
     from ansible.module_utils.release_stage import Stager, host_python
     from ansible.module_utils.release_state import ID, Releases, StateError
 
-TIMEOUTS = {"started": 60.0, "gated": 120.0, "indexed": 3600.0, "drained": 30.0}
-NEEDS_ID = ("staged", "indexed", "started", "gated", "live", "confirmed", "bad")
+TIMEOUTS = {"started": 60.0, "gated": 120.0, "indexed": 3600.0, "answering": 10.0, "drained": 30.0}
+NEEDS = {
+    **dict.fromkeys(("indexed", "started", "gated", "live", "confirmed"), ("id",)),
+    "staged": ("id", "version", "artifact_dir", "env", "signature"),
+    "answering": ("id", "edge"),
+    "bad": ("id", "reason"),
+    "audit": ("result", "what"),
+}
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "state": {
-        "type": "str",
+        "type": "list",
+        "elements": "str",
         "required": True,
         "choices": [
             *(
@@ -331,6 +366,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
                 "started",
                 "gated",
                 "live",
+                "answering",
                 "confirmed",
                 "drained",
                 "pruned",
@@ -363,6 +399,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "timeout": {"type": "float"},
     "how": {"type": "str", "choices": ["deploy", "rollback"], "default": "deploy"},
     "confirm_within": {"type": "float", "default": 0},
+    "edge": {"type": "str"},
+    "edge_ca": {"type": "path", "default": "/etc/ragrack/tls/default/ca.pem"},
+    "edge_verify": {"type": "bool", "default": True},
     "keep_warm": {"type": "float", "default": 600},
     "settle": {"type": "float", "default": 1.5},
     "keep": {"type": "int", "default": 5},
@@ -445,12 +484,22 @@ def stage(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
     return steps.staged(host, stager, params["min_free_mb"])
 
 
-def step(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
-    state, release, collections = params["state"], params["id"], params["collections"]
+def query(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
+    outcome = steps.query(host, params["target"], params["history_lines"])
+    if params["id"] is not None:
+        would = replace(host, check=True)
+        away = [step(would, state, params) for state in ("drained", "pruned")]
+        index_dir = Path(params["index_dir"])
+        outcome.facts["settled"] = steps.settled(host, params["id"], params["collections"], index_dir, away)
+    return outcome
+
+
+def step(host: steps.Host, state: str, params: dict[str, Any]) -> steps.Outcome:
+    release, collections = params["id"], params["collections"]
     timeout = TIMEOUTS.get(state, 0.0) if params["timeout"] is None else params["timeout"]
     match state:
         case "query":
-            return steps.query(host, params["target"], params["history_lines"])
+            return query(host, params)
         case "staged":
             return stage(host, params)
         case "indexed":
@@ -461,6 +510,10 @@ def step(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
             return steps.gated(host, release, collections, timeout, params["how"])
         case "live":
             return steps.live(host, release, params["how"], params["confirm_within"])
+        case "answering":
+            return steps.answering(
+                host, release, params["edge"], Path(params["edge_ca"]), timeout, verify=params["edge_verify"]
+            )
         case "confirmed":
             return steps.confirmed(host, release)
         case "drained":
@@ -474,23 +527,30 @@ def step(host: steps.Host, params: dict[str, Any]) -> steps.Outcome:
 
 
 def result(host: steps.Host, params: dict[str, Any], diff: bool) -> dict[str, Any]:
-    """What the module returns: facts of the step, the live release and the rollback target, and the diff."""
+    """What the module returns: facts of the steps, the live release and the rollback target, and the diff."""
     check_numbers(params)
-    changes = params["state"] not in ("query", "audit")
+    changes = any(state not in ("query", "audit") for state in params["state"])
     if changes:
         host.check_ours()
     before = host.state() if changes and diff else {}
-    outcome = step(host, params)
+    changed = False
+    facts: dict[str, Any] = {}
+    predicted: dict[str, Any] = {}
+    for state in params["state"]:
+        outcome = step(host, state, params)
+        changed |= outcome.changed
+        facts |= outcome.facts
+        predicted |= outcome.predicted if outcome.changed else {}
     answer: dict[str, Any] = {
-        "changed": outcome.changed,
+        "changed": changed,
         "current": host.releases.current(),
         "previous": host.releases.previous(),
-        **outcome.facts,
+        **facts,
     }
     if params["id"]:
         answer["id"] = params["id"]
-    if before and outcome.changed:
-        answer["diff"] = {"before": before, "after": {**before, **outcome.predicted} if host.check else host.state()}
+    if before and changed:
+        answer["diff"] = {"before": before, "after": before | predicted if host.check else host.state()}
     return answer
 
 
@@ -513,20 +573,24 @@ def run(params: dict[str, Any], *, check: bool, diff: bool) -> dict[str, Any]:
 def main() -> None:
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
-        required_if=[
-            *(("state", state, ("id",)) for state in NEEDS_ID),
-            ("state", "staged", ("version", "artifact_dir", "env", "signature")),
-            ("state", "bad", ("reason",)),
-            ("state", "audit", ("result", "what")),
-        ],
         supports_check_mode=True,
     )
+    if os.geteuid() != 0:
+        module.fail_json(msg=f"the play runs as uid {os.geteuid()}; mend: connect as root or set ansible_become: true")
+    lacking = [
+        f"{name}: state {state} needs it"
+        for state in module.params["state"]
+        for name in NEEDS.get(state, ())
+        if module.params[name] is None
+    ]
+    if lacking:
+        module.fail_json(msg="; ".join(lacking))
     try:
         answer = run(module.params, check=module.check_mode, diff=module._diff)
     except StateError as error:
         module.fail_json(msg=error.words(), log=error.log, **error.facts)
     except OSError as error:
-        module.fail_json(msg=f"state {module.params['state']}: {error}")
+        module.fail_json(msg=f"state {', '.join(module.params['state'])}: {error}")
     if answer.get("dropped"):
         module.warn(f"{answer['dropped']} connections still waited on a release when its time to drain was up")
     module.exit_json(**answer)

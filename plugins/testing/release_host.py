@@ -252,7 +252,7 @@ class Place:
     def signature(self) -> Path:
         return self.path / "signature"
 
-    def parameters(self, state: str, **changes: Any) -> dict[str, Any]:
+    def parameters(self, *states: str, **changes: Any) -> dict[str, Any]:
         """Arguments of the module for this host."""
         places: dict[str, Any] = {
             "root": str(self.root),
@@ -271,7 +271,7 @@ class Place:
             "settle": 0.1,
             "timeout": 20.0,
         }
-        return {**places, "state": state, **changes}
+        return {**places, "state": [*states], **changes}
 
     def release(self, release: str) -> Path:
         return self.root / "releases" / release

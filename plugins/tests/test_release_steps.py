@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import ssl
+import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -414,3 +419,107 @@ def test_check_mode_foretells_what_a_release_that_is_not_staged_would_change(pla
     assert (foretold["changed"], foretold["warm"]) == (True, [A])
     assert do(place, "drained", B, check=True, keep_warm=0)["stopped"] == [A]
     assert not do(place, "drained", A, check=True)["changed"]
+
+
+def pid(place: Place, release: str) -> int:
+    unit = json.loads((place.path / f"units/ragrack@{release}.service.json").read_text())
+    return int(unit["pid"])
+
+
+def settled(place: Place, release: str, **changes: Any) -> bool:
+    there = place.path / "indexes/postgres" / FINGERPRINT / "current"
+    there.mkdir(parents=True, exist_ok=True)
+    answer = do(place, "query", release, collections=["postgres"], **changes)
+    return bool(answer["settled"])
+
+
+def test_a_host_tells_whether_a_deploy_would_change_anything(place: Place) -> None:
+    assert not settled(place, A), "nothing was deployed"
+    deploy(place, A)
+    deploy(place, B)
+    assert settled(place, B)
+    assert settled(place, B, keep=5, keep_warm=60)
+    assert not settled(place, A), "another one is live"
+    assert not settled(place, B, keep_warm=0), "the previous one is to be stopped"
+    assert not do(place, "query", B, collections=["postgres", "other"])["settled"], "an index is to be built"
+    do(place, "live", A, how="rollback", confirm_within=60)
+    do(place, "drained")
+    assert not settled(place, A), "it is on trial"
+    do(place, "confirmed", A)
+    assert settled(place, A)
+    os.kill(pid(place, A), signal.SIGKILL)
+    do(place, "started", A)
+    assert not settled(place, A), "in this life it has not passed its gate"
+
+
+def test_a_way_back_that_is_warm_has_passed_its_gate(place: Place) -> None:
+    deploy(place, A)
+    deploy(place, B)
+    assert do(place, "query", target="previous")["ready"]
+    assert do(place, "started", A)["gated"]
+    os.kill(pid(place, A), signal.SIGKILL)
+    assert not do(place, "query", target="previous")["ready"]
+    assert not do(place, "started", A)["gated"]
+
+
+def test_steps_in_one_call_end_with_the_first_that_fails(place: Place) -> None:
+    steps = ("started", "gated", "live")
+    stage(place, A)
+    answer = ragrack_release.run(place.parameters(*steps, id=A), check=False, diff=True)
+    assert (answer["changed"], answer["current"], answer["diff"]["after"]["running"]) == (True, A, [A])
+    stage(place, C, "wrong")
+    with pytest.raises(StateError, match="did not pass its gate"):
+        ragrack_release.run(place.parameters(*steps, id=C), check=False, diff=True)
+    assert do(place, "query")["current"] == A
+
+
+def test_what_the_edge_answers_is_seen(tmp_path: Path, place: Place) -> None:
+    certificate = tmp_path / "edge.pem"
+    subprocess.run(
+        [
+            *(
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+                "-nodes",
+                "-days",
+                "1",
+            ),
+            *("-subj", "/CN=edge", "-addext", "subjectAltName=DNS:localhost"),
+            *("-keyout", certificate, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    answers = [(200, {"release": B}), (503, {"checks": []}), (200, "a page")]
+
+    class Edge(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers.pop(0) if answers else (200, {"release": A})
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Edge) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        edge: dict[str, Any] = {"edge_ca": str(certificate), "edge": f"localhost:{server.server_port}"}
+        for wrong in (f"answers from release {B}", "is not ready", "but not of a release"):
+            with pytest.raises(StateError, match=wrong):
+                do(place, "answering", A, timeout=0, **edge)
+        assert not do(place, "answering", A, **edge)["changed"]
+        other = edge | {"edge": f"127.0.0.1:{server.server_port}"}
+        with pytest.raises(StateError, match="certificate"):
+            do(place, "answering", A, timeout=0, **other)
+        assert not do(place, "answering", A, edge_verify=False, **other)["changed"]
+        server.shutdown()
+    with pytest.raises(StateError, match="does not answer"):
+        do(place, "answering", A, timeout=0, **edge)

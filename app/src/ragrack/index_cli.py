@@ -24,7 +24,7 @@ from ragrack.command import (
 )
 from ragrack.embedded import EmbeddedSnapshots
 from ragrack.lock import BusyError, building
-from ragrack.needed import unneeded
+from ragrack.needed import opened_by, unneeded
 from ragrack.settings import Settings, SettingsError
 from ragrack.snapshot import Hold, SnapshotError, UnavailableError
 
@@ -202,7 +202,10 @@ def _prune(arguments: argparse.Namespace) -> int:
     if settings.vector_store == "postgres":
         # What has been staged for an index lies on this host, wherever the index is.
         there += catalog.every(settings.model_copy(update={"vector_store": "embedded"}))
-    indexes, notes = unneeded(there, release.parent if release else None)
+    # To ask each release takes its time, and mostly there are no indexes but those of the one that this is.
+    own = opened_by(settings)
+    others = [directory for directory in there if (directory.collection, directory.fingerprint) not in own]
+    indexes, notes = unneeded(others, release.parent if release else None) if others or not release else ([], [])
     if not arguments.dry_run:
         indexes = [directory for directory in indexes if _discarded(settings, directory, notes)]
     snapshots = []

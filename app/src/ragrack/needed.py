@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ragrack.catalog import Snapshots
-from ragrack.settings import read_env_file
+from ragrack.fingerprint import Fingerprint, ModelError
+from ragrack.settings import Settings, read_env_file
 
 TIMEOUT_SECONDS = 60
 
@@ -28,6 +29,15 @@ def unneeded(there: Sequence[Snapshots], releases: Path | None) -> tuple[Sequenc
     except _UnsureError as error:
         return [], [f"indexes of other fingerprints stay: {error}"]
     return [d for d in there if (d.collection, d.fingerprint) not in needed], []
+
+
+def opened_by(settings: Settings) -> set[tuple[str, str]]:
+    """(collection, fingerprint) of the indexes that these settings open; none where their model cannot be read."""
+    try:
+        fingerprint = Fingerprint.of(settings).digest
+    except ModelError:
+        return set()
+    return {(collection, fingerprint) for collection in settings.collections}
 
 
 def _releases(directory: Path) -> Sequence[Path]:
