@@ -9,6 +9,7 @@ import shlex
 import shutil
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,23 @@ def test_env_is_all_that_a_script_needs(checkout: Checkout) -> None:
     )
     assert response.status_code == httpx.codes.OK
     assert response.json()["response"]
+
+
+def test_traces_are_shown(checkout: Checkout) -> None:
+    found = re.search(r"(http://\S+)/projects", checkout.demo("--traces"))
+    assert found
+    asked = json.loads(checkout.demo("ask", "--json", "What is a partial index?"))["request_id"]
+    deadline = time.monotonic() + 60
+    while True:
+        spans = httpx.get(f"{found[1]}/v1/projects/default/spans", params={"limit": 1000}).json()["data"]
+        traces = {
+            span["context"]["trace_id"] for span in spans if span["attributes"].get("ragrack.request_id") == asked
+        }
+        if traces:
+            break
+        assert time.monotonic() < deadline, f"no span of request {asked} among {len(spans)}"
+        time.sleep(1)
+    assert "VectorIndexRetriever.aretrieve" in {s["name"] for s in spans if s["context"]["trace_id"] in traces}
 
 
 def test_destroy_removes_all_that_it_made(before: tuple[set[str], set[str]], checkout: Checkout) -> None:

@@ -163,7 +163,8 @@ async def test_a_trace_goes_from_the_caller_through_llamaindex_to_the_llm(
     assert spans[bytes.fromhex(asked[2])].name == "OpenAILike.achat"
     retrieval = next(span for span in spans.values() if span.name == "VectorIndexRetriever.aretrieve")
     assert {each.key: each.value.string_value for each in retrieval.attributes} == {
-        "llama_index.tag.experiment": "seven"
+        "openinference.span.kind": "RETRIEVER",
+        "llama_index.tag.experiment": "seven",
     }
     failed = [span for span in collector.spans if span.name == "OpenAILike.achat" and span.trace_id.hex() != TRACE]
     assert {span.status.message for span in failed} == {"InternalServerError"}
