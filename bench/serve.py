@@ -91,13 +91,13 @@ def _measure(root: Path, model: Path, sizes: list[int], seconds: int) -> Json:
     }
     echo = Side("echo", "small_apps:echo", {}, ())
     stand_in = Side("llm", "small_apps:llm", {"BENCH_LLM_SECONDS": str(LLM_SECONDS)}, ())
-    with _gunicorn(root, echo, workers=2), _nginx(root, echo.name) as url:
-        figures["echo"] = {str(n): _load(url + "/", n, seconds) for n in CONNECTIONS}
-    with _gunicorn(root, stand_in, workers=1), _nginx(root, stand_in.name) as llm:
+    with gunicorn(root, echo, workers=2), nginx(root, echo.name) as url:
+        figures["echo"] = {str(n): load(url + "/", n, seconds) for n in CONNECTIONS}
+    with gunicorn(root, stand_in, workers=1), nginx(root, stand_in.name) as llm:
         for nodes in sizes:
             corpus = root / f"corpus-{nodes}"
-            _write_documents(corpus / "documents/bench", nodes)
-            sides = (_seed(corpus, model, llm), _ours(corpus, model, llm))
+            write_documents(corpus / "documents/bench", nodes)
+            sides = (_seed(corpus, model, llm), ours(corpus, model, llm))
             size = figures["sizes"][str(nodes)] = {side.name: _one(root, side, seconds) for side in sides}
             size["floor"] = _floor(corpus, model)
             for route in ("retrieve", "query"):
@@ -113,7 +113,7 @@ def _times(ours: float, seed: float) -> float | None:
     return round(ours / seed, 1) if seed else None
 
 
-def _write_documents(directory: Path, nodes: int) -> None:
+def write_documents(directory: Path, nodes: int) -> None:
     """Each is one node: some fifty words that a seed makes, so that every run reads the same."""
     rng, words = random.Random(7), WORDS.split()  # noqa: S311 - documents, not secrets
     directory.mkdir(parents=True)
@@ -131,7 +131,7 @@ def _seed(corpus: Path, model: Path, llm: str) -> Side:
     return Side("seed", "seed_app:app", env, ("--timeout", str(READY_SECONDS)))
 
 
-def _ours(corpus: Path, model: Path, llm: str) -> Side:
+def ours(corpus: Path, model: Path, llm: str, answer: str = "generate") -> Side:
     """Its index is built here, once, as the ingest does it on a host."""
     key = new_key()
     add_key(corpus / "api-keys.json", ApiKey(name="bench", sha256=hash_key(key)))
@@ -144,7 +144,7 @@ def _ours(corpus: Path, model: Path, llm: str) -> Side:
         "api_keys_file": corpus / "api-keys.json",
         "runtime_dir": corpus.parent / "ragrack",
         "similarity_cutoff": 0,
-        "answer": "generate",
+        "answer": answer,
         "llm_base_url": llm + "/v1",
         "llm_model": "m",
         "llm_in_flight": 64,
@@ -162,16 +162,16 @@ def _ours(corpus: Path, model: Path, llm: str) -> Side:
 
 def _one(root: Path, side: Side, seconds: int) -> Json:
     print(f"{side.name}: one worker", file=sys.stderr)
-    with _gunicorn(root, side, workers=1) as first:
+    with gunicorn(root, side, workers=1) as first:
         figures: Json = {"ready_seconds": round(first.ready, 2)}
         print(f"{side.name}: ready in {first.ready:.2f} s", file=sys.stderr)
-        one = _memory(first.pid)
+        one = memory(first.pid)
     print(f"{side.name}: two workers, load", file=sys.stderr)
-    with _gunicorn(root, side, workers=2) as both, _nginx(root, side.name) as url:
-        figures["memory_first_mb"], figures["memory_further_mb"] = one, round(_memory(both.pid) - one, 1)
+    with gunicorn(root, side, workers=2) as both, nginx(root, side.name) as url:
+        figures["memory_first_mb"], figures["memory_further_mb"] = one, round(memory(both.pid) - one, 1)
         for route in ("retrieve", "query"):
-            _load(f"{url}/{route}", 4, 1, side.headers)
-            figures[route] = {str(n): _load(f"{url}/{route}", n, seconds, side.headers) for n in CONNECTIONS}
+            load(f"{url}/{route}", 4, 1, side.headers)
+            figures[route] = {str(n): load(f"{url}/{route}", n, seconds, side.headers) for n in CONNECTIONS}
             print(f"{side.name}: {route}: {json.dumps(figures[route])}", file=sys.stderr)
     return figures
 
@@ -183,7 +183,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def _gunicorn(root: Path, side: Side, workers: int) -> Iterator[Running]:
+def gunicorn(root: Path, side: Side, workers: int) -> Iterator[Running]:
     """Seconds to ready are until /readyz has answered as often in a row as shows that every worker does."""
     directory = root / side.name
     directory.mkdir(exist_ok=True)
@@ -209,14 +209,14 @@ def _wait_until_ready(process: subprocess.Popen[bytes], sock: Path, workers: int
     while well < needed:
         if process.poll() is not None or time.monotonic() > until:
             sys.exit("gunicorn did not become ready; what it said is above")
-        if _answers(sock) and len(_children(process.pid)) == workers:
+        if _answers(sock) and len(children(process.pid)) == workers:
             well += 1
         else:
             well = 0
             time.sleep(0.02)
     if workers > 1:
         # A worker that is still loading does not take connections: both must have spent their start's work.
-        while any(_busy(child) for child in _children(process.pid)):
+        while any(_busy(child) for child in children(process.pid)):
             time.sleep(0.5)
 
 
@@ -234,24 +234,24 @@ def _answers(sock: Path) -> bool:
 
 def _busy(pid: int) -> bool:
     """Has it used more than a tenth of a core for a moment?"""
-    before = _cpu(pid)
+    before = cpu(pid)
     time.sleep(0.5)
-    return _cpu(pid) - before > 0.05 * os.sysconf("SC_CLK_TCK")
+    return cpu(pid) - before > 0.05 * os.sysconf("SC_CLK_TCK")
 
 
-def _cpu(pid: int) -> int:
+def cpu(pid: int) -> int:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _memory(pid: int) -> float:
+def memory(pid: int) -> float:
     """MB of the master and its workers, a page that several share counted once (PSS)."""
     total = 0
-    for each in (pid, *_children(pid)):
+    for each in (pid, *children(pid)):
         rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
         total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
     return round(total / 1024, 1)
@@ -262,7 +262,7 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _nginx(root: Path, name: str) -> Iterator[str]:
+def nginx(root: Path, name: str) -> Iterator[str]:
     """The URL of an unprivileged nginx before the socket of that name; as between nginx and a release, no connection is
     kept open.
     """
@@ -296,7 +296,7 @@ http {{
         process.wait(10)
 
 
-def _load(url: str, connections: int, seconds: int, headers: tuple[str, ...] = ()) -> Json:
+def load(url: str, connections: int, seconds: int, headers: tuple[str, ...] = ()) -> Json:
     command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
     command += [
         "--timeout",

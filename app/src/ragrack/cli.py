@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ragrack import index_cli
+from ragrack import index_cli, size_cli
 from ragrack.command import RefusedError, act_as_owner, collections_of, print_json, settings_here, snapshots_of
 from ragrack.index_cli import figures
 from ragrack.settings import Problem, Settings, SettingsError, examine, load, read_env_file, table
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     ingest.set_defaults(run=_ingest)
 
     index_cli.add_commands(commands)
+    size_cli.add_commands(commands)
 
     golden = commands.add_parser("golden", help="ask a running service its golden questions")
     where = golden.add_mutually_exclusive_group(required=True)

@@ -1,4 +1,4 @@
-"""A database that was spoilt or lost comes back from base backups and WAL: to a time, and on hosts that have nothing."""
+"""A database that was spoilt or lost comes back from base backups and WAL: to a time, or on hosts that have nothing."""
 
 from __future__ import annotations
 
