@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import failures
 import fleet
 import httpx
 import pytest
@@ -189,9 +190,11 @@ def test_an_edge_s_nginx_is_reloaded(load: Load, capsys: pytest.CaptureFixture[s
 
 
 def test_an_app_host_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = load.count.total
     fleet.machine("kill", APPS[2].name)
     time.sleep(IN_FLIGHT_SECONDS)
     within = list(load.count.failures)
+    asked = load.count.total - asked
     time.sleep(5)
     assert load.count.failures == within, "what fails is what was in flight when it died"
     fleet.machine("start", APPS[2].name)
@@ -200,6 +203,13 @@ def test_an_app_host_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> Non
     until("its return", lambda: served(edge, since)[APPS[2].name] > 0)
     with capsys.disabled():
         print(f"\napp host killed: {within or 'nothing failed'}")
+    failures.tell(
+        "an app host dies",
+        requests=f"{len(within)} of {asked}",
+        until=f"{IN_FLIGHT_SECONDS} s at most",
+        lost="nothing: the others have the same index",
+        test="`cluster/tests/test_cluster.py::test_an_app_host_dies`",
+    )
     assert len(within) <= 4, within
     load.count.failures.clear()
 
@@ -240,11 +250,13 @@ def test_an_app_host_is_cut_off_from_the_edge(load: Load, capsys: pytest.Capture
     """As by a cable: what it sends the edge hosts is lost, and they hear nothing of it."""
     cut, edge = APPS[1], at_the_edge()
     load.count.failures.clear()
+    asked = load.count.total
     for one in EDGES:
         cut.run(f"ip route add blackhole {one.address}/32")
     try:
         time.sleep(IN_FLIGHT_SECONDS)
         within = list(load.count.failures)
+        asked = load.count.total - asked
         time.sleep(5)
         assert load.count.failures == within, "what fails is what was on its way"
     finally:
@@ -254,6 +266,13 @@ def test_an_app_host_is_cut_off_from_the_edge(load: Load, capsys: pytest.Capture
     until("its return", lambda: served(edge, since)[cut.name] > 0)
     with capsys.disabled():
         print(f"\napp host cut off: {within or 'nothing failed'}")
+    failures.tell(
+        "an app host is cut off from the edge",
+        requests=f"{len(within)} of {asked}",
+        until=f"{IN_FLIGHT_SECONDS} s at most",
+        lost="nothing",
+        test="`cluster/tests/test_cluster.py::test_an_app_host_is_cut_off_from_the_edge`",
+    )
     assert len(within) <= 8, within
     load.count.failures.clear()
     time.sleep(5)
@@ -290,18 +309,34 @@ dd if=/dev/zero of={indexes}/full bs=64k 2>/dev/null || true"""
         source.run(f"rm -f {document}; systemctl start ragrack-ingest@postgres")
     until("one index", lambda: len({one for app in APPS for one in app.opened()}) == 1)
     assert load.count.failures == []
+    failures.tell(
+        "an app host has no room for a new index",
+        requests="0",
+        until="there is room: it answers from the index before",
+        lost="nothing",
+        test="`cluster/tests/test_cluster.py::test_an_app_host_has_no_room_for_an_index`",
+    )
 
 
 def test_the_edge_dies(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     dead = at_the_edge()
+    asked = load.count.total
     fleet.machine("kill", dead.name)
     begun = time.monotonic()
     until("the other's turn", lambda: any(edge is not dead and has_address(edge) for edge in EDGES))
     seconds = time.monotonic() - begun
     time.sleep(IN_FLIGHT_SECONDS)
     failed = list(load.count.failures)
+    asked = load.count.total - asked
     load.count.failures.clear()
     time.sleep(5)
+    failures.tell(
+        "an edge host dies",
+        requests=f"{len(failed)} of {asked}",
+        until=f"its address has moved: {seconds:.0f} s",
+        lost="nothing",
+        test="`cluster/tests/test_cluster.py::test_the_edge_dies`",
+    )
     with capsys.disabled():
         print(
             f"\nedge host killed: its address moved within {seconds:.0f} s, {len(failed)} requests failed;"

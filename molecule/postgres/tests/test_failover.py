@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+import failures
 import fleet
 import pytest
 from load import Load
@@ -168,6 +169,13 @@ def test_the_primary_dies(capsys: pytest.CaptureFixture[str]) -> None:
             f"{load.count}; writes stood {stood} s;"
             f" {len(acknowledged - kept)} of {len(acknowledged)} acknowledged rows lost"
         )
+    failures.tell(
+        "the database's primary dies",
+        requests=f"{failed_within} of {within} while there was none",
+        until=f"a replica leads: nothing is written for {stood} s",
+        lost=f"{len(acknowledged - kept)} of {len(acknowledged)} acknowledged rows",
+        test="`postgres/tests/test_failover.py::test_the_primary_dies`",
+    )
     assert acknowledged
     assert acknowledged - kept == set()
     assert outside == [], "errors belong into the failover window alone"

@@ -7,6 +7,7 @@ import subprocess
 import time
 from typing import Any
 
+import failures
 import fleet
 import pytest
 
@@ -98,6 +99,13 @@ def test_what_was_spoilt_comes_back_as_of_a_time(archive: dict[str, Any], capsys
     assert sql("SELECT to_regclass('ragrack.later') IS NULL") == "t"
     fleet.until("all replicas follow", streaming, seconds=120)
     fleet.until("the service answers", lambda: all(host.ask(QUESTION)["sources"] for host in fleet.hosts()), seconds=60)
+    failures.tell(
+        "the database is spoilt",
+        requests="all that ask the database",
+        until=f"it was brought back to a moment before: {took / 60:.1f} min",
+        lost="what came after that moment",
+        test="`postgres/tests/test_restored.py::test_what_was_spoilt_comes_back_as_of_a_time`",
+    )
     with capsys.disabled():
         print(f"\na database brought back to a time on {len(DATABASES)} hosts: {took:.0f} s")
 
@@ -122,6 +130,13 @@ def test_hosts_that_lost_everything_get_it_back(archive: dict[str, Any], capsys:
     for host in DATABASES:
         host.run("systemctl start ragrack-archive")
     assert len(DATABASES[0].run("su postgres -c 'ragrack-archive list'").splitlines()) == 2
+    failures.tell(
+        "all database hosts are lost",
+        requests="all that ask the database",
+        until=f"new ones have its archive: {took / 60:.1f} min from bare machines with the packages",
+        lost="what was written in the 5 min before, at most",
+        test="`postgres/tests/test_restored.py::test_hosts_that_lost_everything_get_it_back`",
+    )
     with capsys.disabled():
         print(f"\na database lost on {len(DATABASES)} hosts: back in {took:.0f} s, nothing that was archived was lost")
 
