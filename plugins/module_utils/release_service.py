@@ -78,6 +78,11 @@ class Systemd:
         names = [line.split()[0] for line in output.splitlines() if line.split()]
         return sorted(name.removeprefix(f"{prefix}@").removesuffix(suffix) for name in names)
 
+    def opens(self, sealed: Path) -> bool:
+        """Whether this host can open a sealed credential, as the unit would have it opened."""
+        command = ["systemd-creds", "decrypt", f"--name=credentials_{sealed.name}", str(sealed), "-"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
     def journal(self, unit: str) -> list[str]:
         """The last 50 lines of a unit."""
         subprocess.run(["journalctl", "--sync"], capture_output=True, check=False)

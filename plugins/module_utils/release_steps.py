@@ -125,12 +125,14 @@ def query(host: Host, target: str | None, history_lines: int) -> Outcome:
 def settled(host: Host, release: str, collections: Iterable[str], index_dir: Path, away: Sequence[Outcome]) -> bool:
     """Whether a deploy of the release would leave this host as it is.
 
-    It serves, for good, in a life that passed the gate and is ready; it has an index of each collection; and none of
-    `away`, what draining and pruning would do in check mode, would change anything.
+    It serves, for good, in a life that passed the gate and is ready; the next life can open its credentials; it has an
+    index of each collection; and none of `away`, what draining and pruning would do in check mode, would change
+    anything.
     """
     if host.releases.current() != release or Trials(host.releases).at_hand() is not None:
         return False
     path, life = host.releases.path(release), host.systemd.show(host.unit(release))
+    credentials = path / "credentials"
     environment = Cli(path).environment()
     indexed = environment.get("RAGRACK_VECTOR_STORE") == "postgres" or all(
         any((index_dir / name).glob("*/current")) for name in collections
@@ -139,7 +141,8 @@ def settled(host: Host, release: str, collections: Iterable[str], index_dir: Pat
         life.active == "active"
         and host.releases.gated_in(release) == life.invocation
         and indexed
-        and ((path / "credentials").exists() or not (path / "credentials").is_symlink())
+        and credentials.exists() is credentials.is_symlink()
+        and all(map(host.systemd.opens, credentials.glob("*")))
         and not any(outcome.changed for outcome in away)
         and host.ready(host.socket(release)) is None
     )
