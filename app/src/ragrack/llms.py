@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 from llama_index.core.llms import LLM
 from pydantic import AnyHttpUrl, SecretStr
 
+from ragrack.balanced import Balanced
 from ragrack.fallback import FallbackLLM
 from ragrack.settings import Settings
 from ragrack.upstream import Policy, Upstream
@@ -31,7 +32,7 @@ async def opened(settings: Settings) -> AsyncIterator[LLMs]:
     async with contextlib.AsyncExitStack() as stack:
         for name, at in (("llm", _first(settings)), ("llm_fallback", _second(settings))):
             if at is not None:
-                transport = _transport(name, settings)
+                transport = _transport(name, at, settings)
                 client = await stack.enter_async_context(_client(at, transport, settings))
                 clients.append(client)
                 ollama = at.provider == "ollama"
@@ -47,10 +48,12 @@ class _Endpoint:
     url: str
     model: str
     key: str
+    also_at: tuple[str, ...] = ()
 
 
 def _first(settings: Settings) -> _Endpoint | None:
-    return _endpoint(settings.llm_provider, settings.llm_base_url, settings.llm_model, settings.llm_api_key)
+    at = _endpoint(settings.llm_provider, settings.llm_base_url, settings.llm_model, settings.llm_api_key)
+    return at and replace(at, also_at=tuple(map(str, settings.llm_also_at)))
 
 
 def _second(settings: Settings) -> _Endpoint | None:
@@ -65,11 +68,12 @@ def _endpoint(provider: str, url: AnyHttpUrl | None, model: str | None, key: Sec
     return _Endpoint(provider, str(url).rstrip("/"), model, key.get_secret_value() if key else "none")
 
 
-def _transport(name: str, settings: Settings) -> Upstream:
-    return Upstream(name, Policy.of(settings, settings.llm_timeout))
+def _transport(name: str, at: _Endpoint, settings: Settings) -> httpx.AsyncBaseTransport:
+    policy = Policy.of(settings, settings.llm_timeout)
+    return Balanced(name, [at.url, *at.also_at], policy) if at.also_at else Upstream(name, policy)
 
 
-def _client(at: _Endpoint, transport: Upstream, settings: Settings) -> httpx.AsyncClient:
+def _client(at: _Endpoint, transport: httpx.AsyncBaseTransport, settings: Settings) -> httpx.AsyncClient:
     """Readiness asks it for `models`, which Ollama has too."""
     return httpx.AsyncClient(
         base_url=at.url + ("/v1/" if at.provider == "ollama" else "/"),
@@ -100,7 +104,7 @@ def _openai_like(at: _Endpoint, client: httpx.AsyncClient, settings: Settings) -
     return llm
 
 
-def _ollama(at: _Endpoint, transport: Upstream, settings: Settings) -> LLM:
+def _ollama(at: _Endpoint, transport: httpx.AsyncBaseTransport, settings: Settings) -> LLM:
     from llama_index.llms.ollama import Ollama
     from ollama import AsyncClient
 

@@ -283,6 +283,12 @@ class Settings(BaseSettings):
     llm_api_key: SecretStr | None = Field(
         None, description="Key of that API: the systemd credential `credentials_llm_api_key`, never a variable."
     )
+    llm_also_at: Annotated[tuple[AnyHttpUrl, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="Base URLs of further servers of that model with that key, separated by commas: each call goes to "
+        "the one that has the fewest, and to the next where that one fails.",
+        examples=["http://192.0.2.32:8081/v1"],
+    )
     llm_timeout: float = Field(
         30,
         gt=0,
@@ -701,9 +707,11 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
             ),
         )
     keyed = {f"{upstream}_base_url": f"{upstream}_api_key" for upstream in ("embed", "llm", "llm_fallback")}
-    for name, key in (keyed | {"qdrant_url": "qdrant_api_key"}).items():
-        at: AnyHttpUrl | None = getattr(settings, name)
-        if at is not None and (at.username or at.password):
+    keyed |= {"qdrant_url": "qdrant_api_key", "llm_also_at": "llm_api_key"}
+    for name, key in keyed.items():
+        value = getattr(settings, name)
+        urls: tuple[AnyHttpUrl | None, ...] = value if isinstance(value, tuple) else (value,)
+        if any(at is not None and (at.username or at.password) for at in urls):
             yield (
                 (name,),
                 Problem(
@@ -714,6 +722,8 @@ def _across(settings: Settings) -> Iterator[tuple[tuple[str, ...], Problem]]:
             )
     if not own:
         yield from _needed(settings, "embed_provider", ("embed_base_url", "embed_model", "embed_dimensions"))
+    if settings.llm_also_at:
+        yield from _needed(settings, "llm_also_at", ("llm_base_url", "llm_model"))
     if settings.llm_fallback_base_url is not None:
         yield from _needed(settings, "llm_fallback_base_url", ("llm_fallback_model", "llm_base_url", "llm_model"))
     elif settings.llm_fallback_model is not None:
@@ -763,7 +773,8 @@ def _needed(settings: Settings, by: str, names: Iterable[str]) -> Iterator[tuple
     for name in names:
         if getattr(settings, name) is None:
             example = (Settings.model_fields[name].examples or [""])[0]
-            given = f"{variable(by)}={getattr(settings, by)}"
+            value = getattr(settings, by)
+            given = f"{variable(by)}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
             mend = f"set it, e.g. {variable(name)}={example}"
             yield (name, by), Problem(variable(name), f"is not set, but {given} needs it", mend)
 

@@ -22,6 +22,12 @@ class Slots:
         self._queue = queue
         self._free = asyncio.Semaphore(size)
         self._waiting = 0
+        self._held = 0
+
+    @property
+    def load(self) -> int:
+        """How many hold a slot or wait for one."""
+        return self._held + self._waiting
 
     async def acquire(self, patience: float) -> None:
         """Waits for at most `patience` seconds. Raises FullError."""
@@ -41,9 +47,11 @@ class Slots:
                 self._waiting -= 1
         else:
             await self._free.acquire()
+        self._held += 1
         metrics.QUEUE_SECONDS.labels(self._name).observe(time.perf_counter() - started)
 
     def release(self) -> None:
+        self._held -= 1
         self._free.release()
 
     @contextlib.asynccontextmanager

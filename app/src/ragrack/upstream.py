@@ -79,6 +79,11 @@ class Upstream(httpx.AsyncBaseTransport):
         self._slots = Slots(name, policy.in_flight, policy.queue)
         self.breaker = Breaker(name, policy.breaker_failures, policy.breaker_seconds)
 
+    @property
+    def calls(self) -> int:
+        """Under way or waiting."""
+        return self._slots.load
+
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Raises httpx.TransportError."""
         if request.method == "GET":

@@ -274,3 +274,53 @@ async def test_an_ollama_server_answers_first_or_second(settings: Settings, role
             assert checks["llm"]["ok"]
     options = ollama.calls[0].body["options"]
     assert (options["num_ctx"], options["num_predict"]) == (2048, 77)
+
+
+def vllm(delta: dict[str, object], finish: str | None = None, **more: object) -> bytes:
+    """An event as vLLM sends it: with fields of its own, and no usage before the last."""
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish, "token_ids": None}
+    choice |= {"stop_reason": None} if finish else {}
+    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "Qwen/Qwen3-8B"}
+    return b"data: " + json.dumps(chunk | {"choices": [choice], "prompt_token_ids": None} | more).encode() + b"\n\n"
+
+
+async def test_a_vllm_server_answers(settings: Settings) -> None:
+    usage = {"prompt_tokens": 30, "total_tokens": 33, "completion_tokens": 3, "prompt_tokens_details": None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Nineteen miles.",
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+    }
+    message |= {"function_call": None, "tool_calls": [], "reasoning_content": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    whole = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "Qwen/Qwen3-8B"}
+    whole |= {"choices": [choice], "usage": usage, "service_tier": None, "system_fingerprint": None}
+    whole |= {"prompt_logprobs": None, "kv_transfer_params": None}
+    events = [
+        vllm({"role": "assistant", "content": ""}),
+        vllm({"content": "Nineteen "}),
+        vllm({"content": "miles.", "reasoning_content": None}),
+        vllm({"content": ""}, "stop"),
+        vllm({}, choices=[], usage=usage),
+        b"data: [DONE]\n\n",
+    ]
+
+    async def chat(call: Call) -> None:
+        streams = call.body.get("stream", False)
+        body = b"".join(events) if streams else json.dumps(whole).encode()
+        kind = "text/event-stream; charset=utf-8" if streams else "application/json"
+        await call.head(200, Content_Type=kind, Content_Length=str(len(body)))
+        await call.send(body)
+
+    async with faulty_upstream() as server:
+        server.default = chat
+        at = {"llm_base_url": server.url, "llm_model": "Qwen/Qwen3-8B", "answer": "generate"}
+        async with running_app(create_app(changed(settings, **at))) as client:
+            answer = (await client.post("/query", json={"query": QUESTION})).json()
+            streamed = (await client.post("/query", json={"query": QUESTION, "stream": True})).text
+    assert (answer["answer"], answer["response"], answer["degraded"]) == ("generate", "Nineteen miles.", False)
+    assert "Nineteen " in streamed
+    assert "error" not in streamed
+    assert {call.body["model"] for call in server.calls} == {"Qwen/Qwen3-8B"}
