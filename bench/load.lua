@@ -1,6 +1,7 @@
 -- POST questions that do not repeat, so that no cache of either side answers them; the summary as one line of JSON.
 local words = {}
 for word in string.gmatch(os.getenv("BENCH_WORDS"), "%S+") do words[#words + 1] = word end
+local more = os.getenv("BENCH_MORE") or ""
 bad = 0
 
 function setup(thread)
@@ -14,7 +15,7 @@ function init() math.randomseed(seed) end
 function request()
   local question = {}
   for i = 1, 8 do question[i] = words[math.random(#words)] end
-  return wrk.format("POST", nil, nil, '{"query": "' .. table.concat(question, " ") .. '?"}')
+  return wrk.format("POST", nil, nil, '{"query": "' .. table.concat(question, " ") .. '?"' .. more .. '}')
 end
 
 function response(status)

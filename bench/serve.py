@@ -296,7 +296,8 @@ http {{
         process.wait(10)
 
 
-def load(url: str, connections: int, seconds: int, headers: tuple[str, ...] = ()) -> Json:
+def load(url: str, connections: int, seconds: int, headers: tuple[str, ...] = (), more: str = "") -> Json:
+    """`more`: further fields of the question, as `, "stream": true`."""
     command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
     command += [
         "--timeout",
@@ -307,7 +308,7 @@ def load(url: str, connections: int, seconds: int, headers: tuple[str, ...] = ()
         "--script",
         str(BENCH / "load.lua"),
     ]
-    env = {"PATH": os.environ["PATH"], "BENCH_WORDS": WORDS}
+    env = {"PATH": os.environ["PATH"], "BENCH_WORDS": WORDS, "BENCH_MORE": more}
     done = subprocess.run([*command, url], env=env, capture_output=True, text=True, check=True)
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     result: Json = json.loads(line.removeprefix("RESULT "))

@@ -17,11 +17,12 @@ from typing import Any
 
 from models import newest_model
 from serve import LLM_SECONDS, Side, children, cpu, gunicorn, load, memory, nginx, ours, write_documents
+from small_apps import TOKENS
 
 NODES = 10_000
 CONNECTIONS = 16
 WORKERS = 2
-ANSWERS = {"retrieve": "/retrieve", "extractive": "/query", "generate": "/query"}
+ANSWERS = {"retrieve": "/retrieve", "extractive": "/query", "generate": "/query", "stream": "/query"}
 NODES_OF_A_DOCUMENT = 8
 """Of the PostgreSQL manual's pages, at the default size of a node."""
 
@@ -64,13 +65,14 @@ def _measure(root: Path, seconds: int) -> Json:
     found: Json = {"cpu_ms": {}}
     with gunicorn(root, stand_in, workers=1), nginx(root, stand_in.name) as llm:
         for answer, route in ANSWERS.items():
-            side = ours(corpus, newest_model(), llm, "generate" if answer == "generate" else "extractive")
+            side = ours(corpus, newest_model(), llm, "generate" if answer in ("generate", "stream") else "extractive")
+            more = ', "stream": true' if answer == "stream" else ""
             with gunicorn(root, side, workers=1) as first:
                 one = memory(first.pid)
             with gunicorn(root, side, workers=WORKERS) as both, nginx(root, side.name) as url:
-                load(url + route, CONNECTIONS, 2, side.headers)
+                load(url + route, CONNECTIONS, 2, side.headers, more)
                 before = sum(map(cpu, children(both.pid)))
-                told = load(url + route, CONNECTIONS, seconds, side.headers)
+                told = load(url + route, CONNECTIONS, seconds, side.headers, more)
                 ticks = sum(map(cpu, children(both.pid))) - before
                 found["cpu_ms"][answer] = (
                     ticks / os.sysconf("SC_CLK_TCK") / (told["requests_per_second"] * seconds) * 1000
@@ -86,7 +88,8 @@ def _figures(machine: str, found: Json, index: Json) -> Json:
     base = sizes[NODES]["further_private_of_index_mb"]
     return {
         "machine": machine,
-        "cpu_ms": {answer: round(ms, 2) for answer, ms in found["cpu_ms"].items()},
+        "cpu_ms": {answer: round(ms, 2) for answer, ms in found["cpu_ms"].items() if answer != "stream"},
+        "token_cpu_ms": round((found["cpu_ms"]["stream"] - found["cpu_ms"]["generate"]) / TOKENS, 3),
         "search_cpu_ms": {nodes: round(size["queries"]["hybrid"]["cpu_ms"], 2) for nodes, size in sizes.items()},
         "first_worker_mib": round(found["first"]),
         "further_worker_mib": {

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 MEASURED = Measured(
     machine="a test's",
     cpu_ms={"retrieve": 4, "extractive": 30, "generate": 8},
+    token_cpu_ms=0.1,
     search_cpu_ms={10_000: 2, 100_000: 3, 1_000_000: 10},
     first_worker_mib=300,
     further_worker_mib={10_000: 60, 1_000_000: 80},
@@ -37,7 +38,12 @@ def test_each_figure_is_what_was_measured_multiplied_out() -> None:
     ("nodes", "expected"), [(10_000, 30), (100_000, 31), (1_000_000, 38), (10_000_000, 45), (1_000, 30)]
 )
 def test_a_search_costs_more_in_a_larger_index(nodes: int, expected: float) -> None:
-    assert MEASURED.question_ms("extractive", nodes) == pytest.approx(expected)
+    assert MEASURED.question_ms("extractive", nodes, 200) == pytest.approx(expected)
+
+
+def test_each_token_that_is_handed_on_costs_something() -> None:
+    few, many = (MEASURED.question_ms("generate", 10_000, tokens) for tokens in (0, 200))
+    assert (few, many) == (8, 28)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +66,7 @@ def test_it_says_from_where_on_files_on_each_host_do_not_do(wanted: Wanted, limi
         ({"nodes": 0, "questions": 1}, "nodes: 0 is below 1"),
         ({"nodes": 1, "questions": 0}, "qps: 0 is not above 0"),
         ({"nodes": 1, "questions": float("nan")}, "qps: nan is not above 0"),
+        ({"nodes": 1, "questions": 1, "tokens": -1}, "tokens: -1 is below 0"),
         ({"nodes": 1, "questions": 1, "changed_share": 2}, "changed: 2 is no share"),
         ({"nodes": 1, "questions": 1, "memory_gib": 1}, "without any index"),
         ({"nodes": 10**10, "questions": 1}, "a day's changes take"),

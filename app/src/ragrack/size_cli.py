@@ -24,6 +24,7 @@ def add_commands(commands: Any) -> None:
         default="extractive",
         help="what a question is answered with (default extractive); a language model is a machine of its own",
     )
+    size.add_argument("--tokens", type=int, default=200, metavar="N", help="of a generated answer (default 200)")
     size.add_argument("--cores", type=int, default=4, metavar="N", help="of a host (default 4)")
     size.add_argument("--memory", type=float, default=16, metavar="GIB", help="of a host (default 16)")
     size.add_argument("--spare", type=int, default=1, metavar="N", help="hosts that may be down at once (default 1)")
@@ -46,15 +47,8 @@ def _size(arguments: argparse.Namespace) -> int:
         nodes = arguments.nodes
         if nodes is None:
             nodes = math.ceil(_documents(arguments.docs) * measured.nodes_per_document)
-        wanted = Wanted(
-            nodes,
-            arguments.qps,
-            arguments.cores,
-            arguments.memory,
-            arguments.spare,
-            arguments.changed,
-            arguments.answer,
-        )
+        host = (arguments.cores, arguments.memory, arguments.spare)
+        wanted = Wanted(nodes, arguments.qps, *host, arguments.changed, arguments.answer, arguments.tokens)
         found = size(wanted, measured)
     except SizeError as error:
         raise RefusedError(str(error)) from error

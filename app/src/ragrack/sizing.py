@@ -31,13 +31,15 @@ class SizeError(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """On one core: `cpu_ms` of one question by what answers it, `search_cpu_ms` of its search by the number of nodes.
+    """On one core: `cpu_ms` of one question by what answers it, `search_cpu_ms` of its search by the number of nodes,
+    `token_cpu_ms` of each token of a language model's that is handed on.
 
     The questions were asked of the smallest of those numbers. `core_nodes_per_second` are those that one core ingests.
     """
 
     machine: str
     cpu_ms: dict[str, float]
+    token_cpu_ms: float
     search_cpu_ms: dict[int, float]
     first_worker_mib: float
     further_worker_mib: dict[int, float]
@@ -60,6 +62,7 @@ class Measured:
             return cls(
                 machine=str(facts["machine"]),
                 cpu_ms={answer: float(facts["cpu_ms"][answer]) for answer in ("retrieve", "extractive", "generate")},
+                token_cpu_ms=float(facts["token_cpu_ms"]),
                 search_cpu_ms={int(nodes): float(ms) for nodes, ms in facts["search_cpu_ms"].items()},
                 first_worker_mib=float(facts["first_worker_mib"]),
                 further_worker_mib={int(nodes): float(mib) for nodes, mib in facts["further_worker_mib"].items()},
@@ -70,10 +73,11 @@ class Measured:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SizeError(f"{path} is no file of bin/bench size ({type(error).__name__}: {error})") from error
 
-    def question_ms(self, answer: str, nodes: int) -> float:
+    def question_ms(self, answer: str, nodes: int, tokens: int) -> float:
         """CPU milliseconds of one question; beyond the largest size measured it grows on as it did before."""
         search = self.search_cpu_ms
-        return self.cpu_ms[answer] + _at(search, nodes) - search[min(search)]
+        handed_on = tokens * self.token_cpu_ms if answer == "generate" else 0
+        return self.cpu_ms[answer] + handed_on + _at(search, nodes) - search[min(search)]
 
     def worker_mib(self, nodes: int) -> float:
         return _at(self.further_worker_mib, nodes)
@@ -93,7 +97,7 @@ def _at(points: dict[int, float], nodes: int) -> float:
 
 @dataclass(frozen=True)
 class Wanted:
-    """`questions`: a second, at the peak. `spare`: hosts that may be down at once."""
+    """`questions`: a second, at the peak. `spare`: hosts that may be down at once. `tokens`: of a generated answer."""
 
     nodes: int
     questions: float
@@ -102,12 +106,14 @@ class Wanted:
     spare: int = 1
     changed_share: float = 0.01
     answer: str = "extractive"
+    tokens: int = 200
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("nodes", self.nodes, 1),
             ("cores", self.cores, 1),
             ("spare", self.spare, 0),
+            ("tokens", self.tokens, 0),
         ):
             if value < least:
                 raise SizeError(f"{name}: {value} is below {least}")
@@ -158,7 +164,7 @@ def size(wanted: Wanted, measured: Measured) -> Size:
     """Raises SizeError where no number of such hosts would do."""
     nodes, workers = wanted.nodes, wanted.cores
     index_mib = nodes * measured.index_bytes_per_node / 2**20
-    per_host = workers * BUSY * 1000 / measured.question_ms(wanted.answer, nodes)
+    per_host = workers * BUSY * 1000 / measured.question_ms(wanted.answer, nodes, wanted.tokens)
     hosts = math.ceil(wanted.questions / per_host) + wanted.spare
     least = measured.further_worker_mib[min(measured.further_worker_mib)]
     without_index = SYSTEM_MIB + measured.first_worker_mib + (workers - 1) * least
