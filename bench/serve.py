@@ -131,7 +131,7 @@ def _seed(corpus: Path, model: Path, llm: str) -> Side:
     return Side("seed", "seed_app:app", env, ("--timeout", str(READY_SECONDS)))
 
 
-def ours(corpus: Path, model: Path, llm: str, answer: str = "generate") -> Side:
+def ours(corpus: Path, model: Path, llm: str) -> Side:
     """Its index is built here, once, as the ingest does it on a host."""
     key = new_key()
     add_key(corpus / "api-keys.json", ApiKey(name="bench", sha256=hash_key(key)))
@@ -144,7 +144,7 @@ def ours(corpus: Path, model: Path, llm: str, answer: str = "generate") -> Side:
         "api_keys_file": corpus / "api-keys.json",
         "runtime_dir": corpus.parent / "ragrack",
         "similarity_cutoff": 0,
-        "answer": answer,
+        "answer": "generate",
         "llm_base_url": llm + "/v1",
         "llm_model": "m",
         "llm_in_flight": 64,
