@@ -154,6 +154,15 @@ def pulling() -> Host:
     return next(host for host in hosts() if host.name != source)
 
 
+def let_in(host: Host, directory: Path) -> tuple[str, str]:
+    """A new key, made in `directory`, that may log in to a host as root, and that host's line of known_hosts."""
+    key = directory / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    host.run(f"echo '{key.with_suffix('.pub').read_text().strip()}' >>/root/.ssh/authorized_keys")
+    known = (STATE / "known_hosts").read_text().splitlines()
+    return key.read_text(), next(line for line in known if line.startswith(f"{host.address} "))
+
+
 def environment() -> dict[str, str]:
     """For a command of the project, whatever Molecule has put into ours."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_"))}

@@ -141,16 +141,21 @@ class UnixConnection(http.client.HTTPConnection):
 
 def why_not_ready(socket_path: Path) -> str | None:
     """None if GET /readyz answers 200, else the reason in words."""
-    connection = UnixConnection(socket_path, timeout=5)
+    try:
+        status, body = _readyz(UnixConnection(socket_path, timeout=5))
+    except (OSError, http.client.HTTPException) as error:
+        return f"nothing answers on {socket_path}: {error}"
+    return None if status == 200 else f"not ready ({status}): {reasons(body)}"
+
+
+def _readyz(connection: http.client.HTTPConnection) -> tuple[int, str]:
+    """Status and text of one GET /readyz. Raises OSError or HTTPException where there is no answer."""
     try:
         connection.request("GET", "/readyz")
         response = connection.getresponse()
-        body = response.read(20_000).decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
-        return f"nothing answers on {socket_path}: {error}"
+        return response.status, response.read(20_000).decode(errors="replace")
     finally:
         connection.close()
-    return None if response.status == 200 else f"not ready ({response.status}): {reasons(body)}"
 
 
 def why_not_answering(edge: str, release: str, ca: Path, *, verify: bool) -> str | None:
@@ -158,17 +163,12 @@ def why_not_answering(edge: str, release: str, ca: Path, *, verify: bool) -> str
     context = ssl.create_default_context(cafile=str(ca))
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    connection = http.client.HTTPSConnection(edge, timeout=5, context=context)
     try:
-        connection.request("GET", "/readyz")
-        response = connection.getresponse()
-        body = response.read(20_000).decode(errors="replace")
+        status, body = _readyz(http.client.HTTPSConnection(edge, timeout=5, context=context))
     except (OSError, http.client.HTTPException) as error:
         return f"https://{edge} does not answer: {error}"
-    finally:
-        connection.close()
-    if response.status != 200:
-        return f"https://{edge} is not ready ({response.status}): {reasons(body)}"
+    if status != 200:
+        return f"https://{edge} is not ready ({status}): {reasons(body)}"
     try:
         answered = json.loads(body)["release"]
     except (ValueError, KeyError, TypeError):

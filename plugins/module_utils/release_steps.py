@@ -72,6 +72,12 @@ class Host:
         """Releases that run until their time is up."""
         return self.systemd.instances("ragrack-drain@.timer", WARM)
 
+    def could_go_live(self, release: str) -> bool:
+        """Whether it runs, in a life that passed its gate, and is ready."""
+        life = self.systemd.show(self.unit(release))
+        gated = life.active == "active" and self.releases.gated_in(release) == life.invocation
+        return gated and self.ready(self.socket(release)) is None
+
     def check_ours(self) -> None:
         """Raises StateError while another run holds the lock: what it is in the middle of is not ours to touch."""
         holder = FleetLock(self.releases.root).holder()
@@ -116,9 +122,7 @@ def query(host: Host, target: str | None, history_lines: int) -> Outcome:
     }
     if target is not None:
         facts["target"] = goes_to = releases.resolve(target)
-        life = host.systemd.show(host.unit(goes_to))
-        passed = life.active == "active" and releases.gated_in(goes_to) == life.invocation
-        facts["ready"] = passed and host.ready(host.socket(goes_to)) is None
+        facts["ready"] = host.could_go_live(goes_to)
     return Outcome(facts=facts)
 
 
@@ -131,20 +135,18 @@ def settled(host: Host, release: str, collections: Iterable[str], index_dir: Pat
     """
     if host.releases.current() != release or Trials(host.releases).at_hand() is not None:
         return False
-    path, life = host.releases.path(release), host.systemd.show(host.unit(release))
+    path = host.releases.path(release)
     credentials = path / "credentials"
     environment = Cli(path).environment()
     indexed = environment.get("RAGRACK_VECTOR_STORE") == "postgres" or all(
         any((index_dir / name).glob("*/current")) for name in collections
     )
     return (
-        life.active == "active"
-        and host.releases.gated_in(release) == life.invocation
-        and indexed
+        indexed
         and credentials.exists() is credentials.is_symlink()
         and all(map(host.systemd.opens, credentials.glob("*")))
         and not any(outcome.changed for outcome in away)
-        and host.ready(host.socket(release)) is None
+        and host.could_go_live(release)
     )
 
 

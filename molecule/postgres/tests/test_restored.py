@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import time
 from typing import Any
 
@@ -44,18 +43,20 @@ def streaming() -> bool:
     return sql("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'") == str(len(DATABASES) - 1)
 
 
+def wait_for_replicas_and_answers() -> None:
+    fleet.until("all replicas follow", streaming, seconds=120)
+    fleet.until("the service answers", lambda: all(host.ask(QUESTION)["sources"] for host in fleet.hosts()), seconds=60)
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an inventory says where an app host keeps the backups."""
-    key = tmp_path_factory.mktemp("archive") / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    REPOSITORY.run(f"echo '{key.with_suffix('.pub').read_text().strip()}' >>/root/.ssh/authorized_keys")
-    known = (fleet.STATE / "known_hosts").read_text().splitlines()
+    key, known_host = fleet.let_in(REPOSITORY, tmp_path_factory.mktemp("archive"))
     return {
         "postgres_archive_repository": f"sftp:root@{REPOSITORY.address}:{PATH}",
         "postgres_archive_passphrase": "a-passphrase-of-the-tests",
-        "postgres_archive_ssh_key": key.read_text(),
-        "postgres_archive_ssh_known_host": next(line for line in known if line.startswith(f"{REPOSITORY.address} ")),
+        "postgres_archive_ssh_key": key,
+        "postgres_archive_ssh_known_host": known_host,
         "postgres_archive_restore_sure": True,
     }
 
@@ -97,8 +98,7 @@ def test_what_was_spoilt_comes_back_as_of_a_time(archive: dict[str, Any], capsys
     took = time.monotonic() - began
     assert sql("SELECT count(*) FROM ragrack.kept") == "1000"
     assert sql("SELECT to_regclass('ragrack.later') IS NULL") == "t"
-    fleet.until("all replicas follow", streaming, seconds=120)
-    fleet.until("the service answers", lambda: all(host.ask(QUESTION)["sources"] for host in fleet.hosts()), seconds=60)
+    wait_for_replicas_and_answers()
     failures.tell(
         "the database is spoilt",
         requests="all that ask the database",
@@ -125,8 +125,7 @@ def test_hosts_that_lost_everything_get_it_back(archive: dict[str, Any], capsys:
     assert played.status == 0, played.output
     took = time.monotonic() - began
     assert (sql("SELECT count(*) FROM ragrack.kept"), sql("SELECT count(*) FROM ragrack.last")) == (rows, "10")
-    fleet.until("all replicas follow", streaming, seconds=120)
-    fleet.until("the service answers", lambda: all(host.ask(QUESTION)["sources"] for host in fleet.hosts()), seconds=60)
+    wait_for_replicas_and_answers()
     for host in DATABASES:
         host.run("systemctl start ragrack-archive")
     assert len(DATABASES[0].run("su postgres -c 'ragrack-archive list'").splitlines()) == 2

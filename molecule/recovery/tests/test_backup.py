@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,12 @@ def answers() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def backups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an inventory says where backups go to another host by sftp."""
-    key = tmp_path_factory.mktemp("backup") / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    OTHER.run(f"echo '{key.with_suffix('.pub').read_text().strip()}' >>/root/.ssh/authorized_keys")
-    known = (fleet.STATE / "known_hosts").read_text().splitlines()
+    key, known_host = fleet.let_in(OTHER, tmp_path_factory.mktemp("backup"))
     return {
         "backup_repository": f"sftp:root@{OTHER.address}:{REPOSITORY}",
         "backup_password": "a-password-of-the-tests",
-        "backup_ssh_key": key.read_text(),
-        "backup_ssh_known_host": next(line for line in known if line.startswith(f"{OTHER.address} ")),
+        "backup_ssh_key": key,
+        "backup_ssh_known_host": known_host,
         "backup_check_share": "100%",
         "backup_restore_sure": True,
     }

@@ -37,11 +37,10 @@ def previous() -> Path:
 
 
 def by_the_previous(path: Path, playbook: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_"))}
     done = subprocess.run(
         [path / ".venv/bin/ansible-playbook", "-i", fleet.INVENTORY, f"playbooks/{playbook}.yml"],
         cwd=path,
-        env=environment
+        env=fleet.environment()
         | {"ANSIBLE_CONFIG": str(path / "ansible.cfg"), "PATH": f"{path}/.venv/bin:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
