@@ -52,12 +52,22 @@ class RequestContext:
         trace_id = tracing.trace_id(span)
         bound = stack.enter_context(binding(**({"trace_id": trace_id} if trace_id else {})))
         metrics.IN_FLIGHT.inc()
+        counted = False
+
+        def count() -> None:
+            nonlocal counted
+            if not counted:
+                counted = True
+                _count(scope, status, time.perf_counter() - started, span)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[HEADER] = current
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                # Before it leaves: whoever has the whole answer finds it counted, whichever worker is asked.
+                count()
             await send(message)
 
         try:
@@ -76,8 +86,8 @@ class RequestContext:
             state = scope.get("state", {})
             if state.get("disconnected"):
                 status = CLIENT_CLOSED_REQUEST
+            count()
             seconds = time.perf_counter() - started
-            _count(scope, status, seconds, span)
             quiet = scope["path"] in QUIET_PATHS and status < 400
             bound["tenant"] = state.get("tenant")
             fields = {

@@ -21,10 +21,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client import REGISTRY
 from ragrack import llms, metrics
+from ragrack.context import RequestContext
 from ragrack.embedding import MiniLMEmbedding
 from ragrack.instrument import SpanHandler
 from ragrack.logging import config
 from ragrack.settings import Settings
+from starlette.types import Message, Receive, Scope, Send
 
 from . import faulty
 from .conftest import Running
@@ -114,6 +116,32 @@ async def test_a_query_is_counted_by_route_stage_and_answer(settings: Settings, 
     assert page.headers["content-type"].startswith("text/plain")
     assert 'ragrack_snapshot_created_timestamp_seconds{collection="island"}' in page.text
     assert 'ragrack_breaker_workers{state="closed",upstream="llm"} 1.0' in page.text
+
+
+async def test_a_request_is_counted_before_the_last_of_its_answer_leaves() -> None:
+    def counted() -> tuple[float, float]:
+        answered = value("ragrack_requests_total", route="none", method="GET", status="200")
+        return value("ragrack_requests_in_flight"), answered
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body", "body": b"b"})
+
+    seen: list[tuple[float, float]] = []
+
+    async def send(message: Message) -> None:
+        seen.append(counted())
+
+    async def receive() -> Message:
+        raise AssertionError("nothing is read of it")
+
+    idle, before = counted()
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    await RequestContext(app, lambda _: 0)(scope, receive, send)
+    during, after = (idle + 1, before), (idle, before + 1)
+    assert seen == [during, during, after]
+    assert counted() == after, "once"
 
 
 async def test_a_paths_text_is_no_label(client: httpx.AsyncClient) -> None:
