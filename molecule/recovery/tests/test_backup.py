@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ def answers() -> dict[str, list[str]]:
     """The sources of every golden question, and of one about a document that no control node has."""
     asked = [*(entry["question"] for entry in fleet.questions()), QUESTION]
     return {question: [source["document"] for source in SOURCE.ask(question)["sources"]] for question in asked}
+
+
+def credentials() -> dict[str, str]:
+    """Those of the release that is live, as this host opens them."""
+    live = "/opt/ragrack/current/credentials"
+    opened = f"systemd-creds decrypt --name=credentials_$name {live}/$name -"
+    names = SOURCE.run(f"ls {live}").split()
+    return {name: SOURCE.run(f"name={name}; {opened}") for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +87,8 @@ def test_what_cannot_be_restored_is_refused(
 
 
 def test_a_lost_host_comes_back(backups: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    before = answers()
+    before, sealed = answers(), credentials()
+    assert sealed
     assert "lighthouse.md" in before[QUESTION]
     SOURCE.run(f"echo 'Written after the backup.' >{DOCUMENTS}/late.md")
     begun = time.monotonic()
@@ -89,6 +99,8 @@ def test_a_lost_host_comes_back(backups: dict[str, Any], capsys: pytest.CaptureF
         assert played.status == 0, played.output
     ended = time.monotonic()
     assert answers() == before
+    # The key that had sealed them then is gone with the host.
+    assert json.loads(SOURCE.run("ragrack-backup credentials")) == sealed
     lost = [name for name in ("lighthouse.md", "late.md") if SOURCE.shell.run(f"test -e {DOCUMENTS}/{name}").rc != 0]
     failures.tell(
         "the host that ingests is lost",
