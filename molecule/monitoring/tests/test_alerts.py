@@ -101,7 +101,7 @@ def retrieve(app: Host, question: str = QUESTION) -> int:
         return client.post("/query", json={"query": question}).status_code
 
 
-def test_all_is_asked_and_only_the_watchdog_barks(app: Host, watch: Host) -> None:
+def test_all_is_asked_and_only_the_watchdog_barks(app: Host, database: Host, watch: Host) -> None:
     wait(watch, ("deadman", "Watchdog"))
     up = {(each["metric"]["job"], each["metric"]["instance"]): each["value"][1] for each in ask_prometheus(watch, "up")}
     named = {
@@ -114,6 +114,7 @@ def test_all_is_asked_and_only_the_watchdog_barks(app: Host, watch: Host) -> Non
     }
     assert up == dict.fromkeys(named | {("probe", f"{app.url}/readyz")}, "1")
     app.run("systemctl start ragrack-golden-metrics ragrack-backup ragrack-backup-check")
+    database.run("systemctl start ragrack-archive ragrack-archive-check")
     fleet.until("the golden questions are asked", lambda: ask_prometheus(watch, "ragrack_golden_hit_rate >= 0.8"), 60)
     assert ask_prometheus(watch, "ragrack_certificate_not_after_timestamp_seconds")
     fleet.until("nothing else alarms", lambda: on(watch) == {"Watchdog"}, 60)
@@ -177,6 +178,17 @@ def test_what_happens_on_a_host_is_told(app: Host, watch: Host) -> None:
     app.run("systemctl reset-failed && systemctl start ragrack-certificate-ends ragrack-golden-metrics.timer")
     app.run("systemctl start ragrack-golden-metrics ragrack-backup ragrack-backup-check")
     fleet.until("what was mended is quiet", lambda: on(watch) <= {"Watchdog", "InstrumentationFails"}, 60)
+
+
+def test_damaged_backups_are_told(app: Host, watch: Host) -> None:
+    pack = app.run("find /srv/backup/data -type f -size +1k | sort | head -n 1")
+    app.run(f"cp -a {pack} /root/pack && chmod u+w {pack}")
+    app.run(f"printf damage | dd of={pack} bs=1 seek=100 conv=notrunc status=none")
+    failed = 'ALERTS{alertname="UnitFailed", name="ragrack-backup-check.service", alertstate="firing"}'
+    app.run("! systemctl start ragrack-backup-check")
+    fleet.until("it alarms", lambda: ask_prometheus(watch, failed), 60)
+    app.run(f"cp -a /root/pack {pack} && systemctl start ragrack-backup-check")
+    fleet.until("what was mended is quiet", lambda: not ask_prometheus(watch, failed), 60)
 
 
 def test_slow_answers_are_told(app: Host, watch: Host) -> None:
@@ -247,7 +259,7 @@ def test_an_old_snapshot_is_told(watch: Host) -> None:
 def test_what_is_down_is_told(app: Host, database: Host, watch: Host) -> None:
     app.run(f"systemctl stop ragrack@{app.release}.service")
     app.run("systemctl start ragrack-golden-metrics")
-    database.run("systemctl stop 'postgresql@*' patroni 2>/dev/null; true")
+    database.run("systemctl stop postgresql@17-main")
     wait(watch, ("page", "ServiceDown"), ("page", "EdgeSilent"), ("page", "GoldenHitRateLow"), ("page", "DatabaseDown"))
     app.run("systemctl stop nginx")
     wait(watch, ("page", "NginxDown"))
@@ -259,7 +271,8 @@ def test_what_is_down_is_told(app: Host, database: Host, watch: Host) -> None:
     assert down["status"]["inhibitedBy"]
 
     app.run(f"systemctl start prometheus-node-exporter ragrack@{app.release}.service nginx")
-    down_now = {"HostDown", "NginxDown", "ServiceDown", "EdgeSilent"}
+    database.run("systemctl start postgresql@17-main")
+    down_now = {"HostDown", "NginxDown", "ServiceDown", "EdgeSilent", "DatabaseDown"}
     fleet.until("what is up again is quiet", lambda: not on(watch) & down_now, 90)
     fleet.until("whoever was told of it is told", lambda: ("page", "HostDown") in told(watch, status="resolved"), 360)
 

@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from typing import Any
 
 import failures
 import fleet
 import pytest
+from database import DATABASES, archived, sql, wait_for_replicas_and_answers
 
-DATABASES = fleet.hosts("database")
 REPOSITORY = fleet.pulling()
 PATH = "/srv/pgbackrest"
 QUESTION = "How do I take a base backup?"
 UNITS = ("ragrack-archive", "ragrack-archive-check")
 LOST = ("/var/lib/postgresql/17/ragrack", "/var/lib/etcd/ragrack", "/etc/ragrack/etcd.first")
-
-
-def psql(host: fleet.Host, query: str) -> str:
-    asked = f"psql -XqAt -v ON_ERROR_STOP=1 -d ragrack -c {shlex.quote(query)}"
-    return host.run(f"su postgres -c {shlex.quote(asked)}")
-
-
-def sql(query: str) -> str:
-    """On the primary."""
-    leading = next(host for host in DATABASES if psql(host, "SELECT pg_is_in_recovery()") == "f")
-    return psql(leading, query)
-
-
-def archived() -> None:
-    """Until all that was committed is in the repository."""
-    segment = sql("SELECT pg_walfile_name(pg_switch_wal())")
-    fleet.until(
-        f"WAL up to {segment} is archived",
-        lambda: sql("SELECT last_archived_wal FROM pg_stat_archiver") >= segment,
-        seconds=120,
-    )
-
-
-def streaming() -> bool:
-    return sql("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'") == str(len(DATABASES) - 1)
-
-
-def wait_for_replicas_and_answers() -> None:
-    fleet.until("all replicas follow", streaming, seconds=120)
-    fleet.until("the service answers", lambda: all(host.ask(QUESTION)["sources"] for host in fleet.hosts()), seconds=60)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +67,7 @@ def test_what_was_spoilt_comes_back_as_of_a_time(archive: dict[str, Any], capsys
     took = time.monotonic() - began
     assert sql("SELECT count(*) FROM ragrack.kept") == "1000"
     assert sql("SELECT to_regclass('ragrack.later') IS NULL") == "t"
-    wait_for_replicas_and_answers()
+    wait_for_replicas_and_answers(QUESTION)
     failures.tell(
         "the database is spoilt",
         requests="all that ask the database",
@@ -125,7 +94,7 @@ def test_hosts_that_lost_everything_get_it_back(archive: dict[str, Any], capsys:
     assert played.status == 0, played.output
     took = time.monotonic() - began
     assert (sql("SELECT count(*) FROM ragrack.kept"), sql("SELECT count(*) FROM ragrack.last")) == (rows, "10")
-    wait_for_replicas_and_answers()
+    wait_for_replicas_and_answers(QUESTION)
     for host in DATABASES:
         host.run("systemctl start ragrack-archive")
     assert len(DATABASES[0].run("su postgres -c 'ragrack-archive list'").splitlines()) == 2
