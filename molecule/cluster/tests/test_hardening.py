@@ -89,6 +89,18 @@ def test_security_updates_come_by_themselves(node: Host) -> None:
     assert node.run("systemctl is-active apt-daily-upgrade.timer") == "active"
 
 
+def test_logs_are_kept_for_as_long_as_was_said(node: Host) -> None:
+    said = node.run("systemd-analyze cat-config systemd/journald.conf | grep -v ^#")
+    assert {"SystemMaxUse=2000M", "MaxRetentionSec=30day", "Storage=persistent"} <= set(said.split())
+    directory = "/var/log/nginx"
+    node.run(f"cd {directory} && touch -d -31days access.log.8.gz && touch -d -29days access.log.7.gz")
+    node.run("systemctl start systemd-tmpfiles-clean")
+    assert {"access.log.7.gz", "access.log"} <= set(node.run(f"ls {directory}").split())
+    assert "access.log.8.gz" not in node.run(f"ls {directory}")
+    assert node.run("systemctl is-active systemd-tmpfiles-clean.timer logrotate.timer") == "active\nactive"
+    assert node.run("journalctl -q -n 1 -o cat"), "it goes on after its restart"
+
+
 def test_lynis_warns_of_nothing_new(capsys: pytest.CaptureFixture[str]) -> None:
     # What Debian has mended since the hosts were made is put in as it will be every day.
     APP.run("apt-get update -qq && unattended-upgrade && apt-get install -y -qq lynis >/dev/null")
