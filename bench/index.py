@@ -64,7 +64,7 @@ def main() -> int:
     # So that what was started is stopped when this is.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model = newest_model()
-    pages = arguments.pages or _manual()
+    pages = arguments.pages or manual()
     corpus = Corpus.of(pages, arguments.questions, model, CACHE, CORES)
     with contextlib.ExitStack() as stack:
         root = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ragrack-bench-")))
@@ -75,7 +75,7 @@ def main() -> int:
     return 0
 
 
-def _manual() -> Path:
+def manual() -> Path:
     subprocess.run([DEMO / "fetch", CACHE / "manual", "--all"], check=True, stdout=sys.stderr)
     return CACHE / "manual"
 
@@ -99,7 +99,7 @@ def _measure(root: Path, model: Path, corpus: Corpus, sizes: list[int], document
 
 def _ingest(root: Path, model: Path, corpus: Corpus, documents: int) -> Json:
     """Of generated documents: all, the same again, and with one in a hundred changed."""
-    _say(f"ingest: {documents} documents")
+    say(f"ingest: {documents} documents")
     settings = _settings(root, model)
     texts = [node.text for node in corpus.nodes(documents * NODES_OF_AN_INGESTED)]
     paths = [settings.documents_dir / f"bench/{number:06}.txt" for number in range(documents)]
@@ -158,15 +158,15 @@ def _embed(model: Path, texts: list[str]) -> None:
 
 def _one(root: Path, corpus: Corpus, nodes: int, ingested: Json) -> Json:
     staged, first, second = root / "staging.sqlite", root / "first", root / "second"
-    _say(f"{nodes} nodes: stage")
-    _stage(staged, corpus.nodes(nodes))
-    _say(f"{nodes} nodes: write all")
+    say(f"{nodes} nodes: stage")
+    stage(staged, corpus.nodes(nodes))
+    say(f"{nodes} nodes: write all")
     full = _write(staged, first)
-    _say(f"{nodes} nodes: write with 1 % changed")
+    say(f"{nodes} nodes: write with 1 % changed")
     _change(staged, corpus, nodes)
     changed = _write(staged, second, first)
     staged.unlink()
-    _say(f"{nodes} nodes: exact search, then ask")
+    say(f"{nodes} nodes: exact search, then ask")
     questions = root / "questions.npz"
     asked = _ask(questions, corpus)
     exact = _exact(corpus, nodes, asked)
@@ -187,7 +187,7 @@ def _one(root: Path, corpus: Corpus, nodes: int, ingested: Json) -> Json:
     return figures
 
 
-def _stage(staged: Path, nodes: Iterator[TextNode]) -> None:
+def stage(staged: Path, nodes: Iterator[TextNode]) -> None:
     staged.unlink(missing_ok=True)
     with contextlib.closing(Staging(staged)) as staging, staging.transaction():
         for node in nodes:
@@ -286,9 +286,9 @@ def _queries(cases: Json, exact: dict[str | None, list[list[str]]]) -> Json:
 
 
 def _seed(root: Path, corpus: Corpus, nodes: int, ingested: Json) -> Json:
-    _say(f"{nodes} nodes: SimpleVectorStore")
+    say(f"{nodes} nodes: SimpleVectorStore")
     staged, questions = root / "seed.sqlite", root / "questions.npz"
-    _stage(staged, corpus.nodes(nodes))
+    stage(staged, corpus.nodes(nodes))
     with _worker("seed", staged, questions) as worker:
         told = _hear(worker)
     staged.unlink()
@@ -334,7 +334,7 @@ def _quiet(stage: str, done: int, total: int, note: str = "") -> None:
     pass
 
 
-def _say(what: str) -> None:
+def say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,8 @@
 """`bin/bench size`: what `ragrack size` multiplies, measured on this machine.
 
 One service over ten thousand nodes is asked as fast as it answers, and its workers' own CPU time is counted, so that
-neither nginx nor what asks is in it. What grows with the index comes from the figures of `bin/bench index --json`.
+neither nginx nor what asks is in it. What grows with the index comes from the figures of `bin/bench index --json`, what
+a database costs from those of `bin/bench postgres --json`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench size", description="What ragrack size multiplies.")
     parser.add_argument("--index", type=Path, required=True, metavar="FILE", help="made by bin/bench index --json FILE")
     parser.add_argument(
+        "--postgres", type=Path, required=True, metavar="FILE", help="made by bin/bench postgres --json FILE"
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures there, for ragrack size --measured"
     )
     parser.add_argument("--seconds", type=int, default=10, help="of load for each figure (default 10)")
@@ -47,11 +51,12 @@ def main() -> int:
     if str(NODES) not in index["sizes"]:
         print(f"{arguments.index} has no size {NODES}. Mend: bin/bench index --nodes {NODES},100000", file=sys.stderr)
         return 1
+    database = json.loads(arguments.postgres.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="ragrack-bench-") as directory:
         root = Path(directory)
         # nginx' workers are another user.
         root.chmod(0o755)
-        figures = _figures(arguments.machine, _measure(root, arguments.seconds), index)
+        figures = _figures(arguments.machine, _measure(root, arguments.seconds), index, database)
     text = json.dumps(figures, indent=2) + "\n"
     print(text, end="")
     if arguments.json is not None:
@@ -85,7 +90,8 @@ def _measure(root: Path, seconds: int) -> Json:
     return found
 
 
-def _figures(machine: str, found: Json, index: Json) -> Json:
+def _figures(machine: str, found: Json, index: Json, database: Json) -> Json:
+    searches = {int(nodes): size for nodes, size in database["sizes"].items()}
     sizes = {int(nodes): size for nodes, size in index["sizes"].items()}
     largest = sizes[max(sizes)]
     base = sizes[NODES]["further_private_of_index_mb"]
@@ -101,6 +107,9 @@ def _figures(machine: str, found: Json, index: Json) -> Json:
         "index_bytes_per_node": round(largest["mb"] * 1e6 / max(sizes)),
         "core_nodes_per_second": round(index["ingest"]["nodes_per_second"] / index["machine"]["cpus"], 1),
         "nodes_per_document": NODES_OF_A_DOCUMENT,
+        "database_cpu_ms": {nodes: round(size["server_cpu_ms"], 2) for nodes, size in searches.items()},
+        "client_cpu_ms": {nodes: round(size["client_cpu_ms"], 2) for nodes, size in searches.items()},
+        "database_bytes_per_node": round(searches[max(searches)]["bytes_per_node"]),
     }
 
 

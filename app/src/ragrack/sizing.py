@@ -1,7 +1,7 @@
 """How many hosts a service needs: measured costs of one question and one node, multiplied out.
 
-What was measured is in `sizing.json`, made by `bin/bench size` out of the figures of `bin/bench serve` and `bin/bench
-index` on one machine; those of another machine are given as a file of the same form.
+What was measured is in `sizing.json`, made by `bin/bench size` out of the figures of `bin/bench index` and `bin/bench
+postgres` on one machine; those of another machine are given as a file of the same form.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 BUSY = 0.6
-"""Share of the cores that a service at its peak may use: above it queues grow faster than what is done."""
+"""Share of the cores that a service at its peak may use: above it queues grow faster than what is done (`bin/bench
+simulate`)."""
 SYSTEM_MIB = 1024
 """For the system, nginx and what reads documents."""
 MEMORY_SHARE = 0.8
@@ -23,6 +24,8 @@ LINK_MB_PER_SECOND = 100
 """What a host that ingests can send: one gigabit."""
 PULL_SECONDS = 15 * 60
 """In which all hosts should have a new snapshot."""
+DATABASES = (3, 5)
+"""As many hosts role postgres takes for a database that outlives one of them. All but one answer at the peak."""
 
 
 class SizeError(Exception):
@@ -35,6 +38,7 @@ class Measured:
     `token_cpu_ms` of each token of a language model's that is handed on.
 
     The questions were asked of the smallest of those numbers. `core_nodes_per_second` are those that one core ingests.
+    Where the nodes are in PostgreSQL, a search costs its hosts `database_cpu_ms` and the app's `client_cpu_ms`.
     """
 
     machine: str
@@ -46,6 +50,9 @@ class Measured:
     index_bytes_per_node: float
     core_nodes_per_second: float
     nodes_per_document: float
+    database_cpu_ms: dict[int, float]
+    client_cpu_ms: dict[int, float]
+    database_bytes_per_node: float
 
     @classmethod
     def load(cls, path: Path | None = None) -> Measured:
@@ -63,24 +70,35 @@ class Measured:
                 machine=str(facts["machine"]),
                 cpu_ms={answer: float(facts["cpu_ms"][answer]) for answer in ("retrieve", "extractive", "generate")},
                 token_cpu_ms=float(facts["token_cpu_ms"]),
-                search_cpu_ms={int(nodes): float(ms) for nodes, ms in facts["search_cpu_ms"].items()},
+                search_cpu_ms=_by_nodes(facts["search_cpu_ms"]),
                 first_worker_mib=float(facts["first_worker_mib"]),
-                further_worker_mib={int(nodes): float(mib) for nodes, mib in facts["further_worker_mib"].items()},
+                further_worker_mib=_by_nodes(facts["further_worker_mib"]),
                 index_bytes_per_node=float(facts["index_bytes_per_node"]),
                 core_nodes_per_second=float(facts["core_nodes_per_second"]),
                 nodes_per_document=float(facts["nodes_per_document"]),
+                database_cpu_ms=_by_nodes(facts["database_cpu_ms"]),
+                client_cpu_ms=_by_nodes(facts["client_cpu_ms"]),
+                database_bytes_per_node=float(facts["database_bytes_per_node"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SizeError(f"{path} is no file of bin/bench size ({type(error).__name__}: {error})") from error
 
-    def question_ms(self, answer: str, nodes: int, tokens: int) -> float:
+    def question_ms(self, answer: str, nodes: int, tokens: int, store: str = "embedded") -> float:
         """CPU milliseconds of one question; beyond the largest size measured it grows on as it did before."""
-        search = self.search_cpu_ms
         handed_on = tokens * self.token_cpu_ms if answer == "generate" else 0
-        return self.cpu_ms[answer] + handed_on + _at(search, nodes) - search[min(search)]
+        search = _at(self.search_cpu_ms if store == "embedded" else self.client_cpu_ms, nodes)
+        return self.cpu_ms[answer] + handed_on + search - self.search_cpu_ms[min(self.search_cpu_ms)]
+
+    def database_ms(self, nodes: int) -> float:
+        """CPU milliseconds that a search costs the database."""
+        return _at(self.database_cpu_ms, nodes)
 
     def worker_mib(self, nodes: int) -> float:
         return _at(self.further_worker_mib, nodes)
+
+
+def _by_nodes(figures: dict[str, Any]) -> dict[int, float]:
+    return {int(nodes): float(figure) for nodes, figure in figures.items()}
 
 
 def _at(points: dict[int, float], nodes: int) -> float:
@@ -128,15 +146,16 @@ class Wanted:
 class Size:
     """What it takes.
 
-    `memory_mib` and `questions_per_host` (a second) are of one host; `index_mib` is of one snapshot; `build_hours` are
-    for all documents on one host, `changed_hours` for a day's changes; `pull_seconds` is until the last host has a
-    snapshot.
-    `limits`: what speaks against an index in files on each host, in words; without any `store` is `embedded`.
+    `memory_mib` and `questions_per_host` (a second) are of one app host; `index_mib` is of one snapshot, in files or in
+    the database; `build_hours` are for all documents on one host, `changed_hours` for a day's changes; `pull_seconds`
+    is until the last host has a snapshot. `databases` are hosts of the same kind, none where `store` is `embedded`.
+    `limits`: what speaks against an index in files on each host, then against one in the database, in words.
     """
 
     nodes: int
     store: str
     hosts: int
+    databases: int
     workers: int
     questions_per_host: float
     memory_mib: int
@@ -157,50 +176,84 @@ class Size:
         ]
         if self.store == "embedded":
             lines.append(f"{self.pull_seconds:.0f} s until the last host has a new snapshot")
-        return "\n".join([*lines, *(f"not in files on each host: {limit}" for limit in self.limits)])
+        else:
+            lines.insert(1, f"{self.databases} database hosts of the same kind")
+        return "\n".join([*lines, *(f"mind: {limit}" for limit in self.limits)])
 
 
 def size(wanted: Wanted, measured: Measured) -> Size:
     """Raises SizeError where no number of such hosts would do."""
     nodes, workers = wanted.nodes, wanted.cores
-    index_mib = nodes * measured.index_bytes_per_node / 2**20
-    per_host = workers * BUSY * 1000 / measured.question_ms(wanted.answer, nodes, wanted.tokens)
-    hosts = math.ceil(wanted.questions / per_host) + wanted.spare
     least = measured.further_worker_mib[min(measured.further_worker_mib)]
     without_index = SYSTEM_MIB + measured.first_worker_mib + (workers - 1) * least
-    with_index = without_index + (workers - 1) * (measured.worker_mib(nodes) - least) + index_mib
     room = wanted.memory_gib * 1024 * MEMORY_SHARE
     if without_index > room:
         raise SizeError(
             f"memory: {workers} workers take {without_index / 1024:.1f} GiB without any index, and of "
             f"{wanted.memory_gib:g} GiB {room / 1024:.1f} may be used; give hosts with more"
         )
-    pull = index_mib * 2**20 / 1e6 * (hosts - 1) / LINK_MB_PER_SECOND
     build = nodes / (measured.core_nodes_per_second * wanted.cores) / 3600
-    limits = []
-    if with_index > room:
-        limits.append(f"{with_index / 1024:.1f} GiB on every host, of which {room / 1024:.1f} may be used")
-    if pull > PULL_SECONDS:
-        limits.append(f"a new snapshot takes {pull / 60:.0f} min to reach all hosts from the one that ingests")
     if build * wanted.changed_share > 24:
         raise SizeError(
             f"changed: a day's changes take {build * wanted.changed_share:.0f} h to ingest on one host; give hosts "
             "with more cores, or run several fleets, each for some of the collections"
         )
-    embedded = not limits
+    per_host, hosts = _app_hosts(wanted, measured, "embedded")
+    index_mib = nodes * measured.index_bytes_per_node / 2**20
+    memory = without_index + (workers - 1) * (measured.worker_mib(nodes) - least) + index_mib
+    pull = index_mib * 2**20 / 1e6 * (hosts - 1) / LINK_MB_PER_SECOND
+    limits = []
+    if memory > room:
+        limits.append(f"in files it is {memory / 1024:.1f} GiB on every host, of which {room / 1024:.1f} may be used")
+    if pull > PULL_SECONDS:
+        limits.append(f"in files a new snapshot takes {pull / 60:.0f} min from the host that ingests to the last one")
+    store, databases = "embedded", 0
+    if limits:
+        answering = _answering_databases(wanted, measured)
+        databases = next((number for number in DATABASES if number > answering), 0)
+        if databases:
+            store = "postgres"
+            per_host, hosts = _app_hosts(wanted, measured, store)
+            memory, pull = without_index, 0
+            index_mib = nodes * measured.database_bytes_per_node / 2**20
+            if index_mib > room:
+                limits.append(
+                    f"the database is {index_mib / 1024:.0f} GiB, of which its hosts have {room / 1024:.1f} in memory: "
+                    "its searches will read the disk, which is slower than what was measured"
+                )
+        elif memory > room:
+            raise SizeError(
+                f"qps: the index does not fit into {wanted.memory_gib:g} GiB of every host, and in the database "
+                f"{answering} hosts would have to answer, of {DATABASES[-1]} at most; give hosts with more memory or "
+                "cores, or run several fleets, each for some of the collections"
+            )
     return Size(
         nodes=nodes,
-        store="embedded" if embedded else "postgres",
+        store=store,
         hosts=hosts,
+        databases=databases,
         workers=workers,
         questions_per_host=round(per_host, 1),
-        memory_mib=math.ceil(with_index if embedded else without_index),
+        memory_mib=math.ceil(memory),
         index_mib=math.ceil(index_mib),
         build_hours=round(build, 3),
         changed_hours=round(build * wanted.changed_share, 3),
-        pull_seconds=round(pull if embedded else 0, 1),
+        pull_seconds=round(pull, 1),
         limits=limits,
     )
+
+
+def _app_hosts(wanted: Wanted, measured: Measured, store: str) -> tuple[float, int]:
+    """What one answers in a second, and how many it takes."""
+    question_ms = measured.question_ms(wanted.answer, wanted.nodes, wanted.tokens, store)
+    per_host = wanted.cores * BUSY * 1000 / question_ms
+    return per_host, math.ceil(wanted.questions / per_host) + wanted.spare
+
+
+def _answering_databases(wanted: Wanted, measured: Measured) -> int:
+    """Database hosts, of the same kind as the app's, that the questions keep busy."""
+    cores = wanted.questions * measured.database_ms(wanted.nodes) / 1000 / BUSY
+    return math.ceil(cores / wanted.cores)
 
 
 def table(measured: Measured) -> str:
@@ -209,21 +262,29 @@ def table(measured: Measured) -> str:
         "nodes",
         "questions/s",
         "store",
-        "hosts",
-        "GiB of memory a host",
+        "app hosts",
+        "database hosts",
+        "GiB of memory an app host",
         "GiB of index",
         "h to ingest all",
         "min to pull",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for nodes in (10_000, 100_000, 1_000_000, 5_000_000, 20_000_000, 100_000_000):
-        for questions in (10, 100, 1_000, 10_000):
+        for questions in (10, 100, 1_000, 10_000, 50_000):
             wanted = Wanted(nodes, questions, cores=8, memory_gib=32, changed_share=0)
-            one = size(wanted, measured)
-            cells = [
-                *(f"{nodes:,}", f"{questions:,}", one.store, f"{one.hosts}"),
-                *(f"{one.memory_mib / 1024:.1f}", f"{one.index_mib / 1024:.1f}", f"{one.build_hours:.1f}"),
-                f"{one.pull_seconds / 60:.1f}" if one.store == "embedded" else "",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join([f"{nodes:,}", f"{questions:,}", *_cells(wanted, measured)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(wanted: Wanted, measured: Measured) -> list[str]:
+    try:
+        one = size(wanted, measured)
+    except SizeError:
+        return ["several fleets", *[""] * 6]
+    embedded = one.store == "embedded"
+    return [
+        *(one.store, f"{one.hosts}", "" if embedded else f"{one.databases}", f"{one.memory_mib / 1024:.1f}"),
+        *(f"{one.index_mib / 1024:.1f}", f"{one.build_hours:.1f}"),
+        f"{one.pull_seconds / 60:.1f}" if embedded else "",
+    ]

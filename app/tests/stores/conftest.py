@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from llama_index.core.schema import TextNode
+from postgres_server import Server, installed
 from ragrack import catalog
 from ragrack.catalog import Snapshots
 from ragrack.settings import Settings
@@ -17,7 +18,6 @@ from testhosts import runs
 from testhosts.shell import UnsuitableMachineError
 
 from .qdrant_server import QdrantServer
-from .server import Server, installed
 from .suite import publish
 
 STORES = ["embedded", "qdrant", pytest.param("postgres", marks=pytest.mark.hosts)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from postgres_server import Server
 from ragrack import catalog, move
 from ragrack.catalog import Snapshots
 from ragrack.embedding import MiniLMEmbedding
@@ -17,7 +18,6 @@ from ragrack.publish import staged_at
 from ragrack.settings import Settings
 
 from .conftest import database_settings
-from .server import Server
 
 pytestmark = pytest.mark.hosts
 

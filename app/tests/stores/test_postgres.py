@@ -14,6 +14,7 @@ import numpy as np
 import psycopg
 import pytest
 from llama_index.core.vector_stores.types import VectorStoreQuery
+from postgres_server import Server
 from ragrack import catalog, deadline, postgres_client
 from ragrack.catalog import Snapshots
 from ragrack.handle import IndexHandle
@@ -23,7 +24,6 @@ from ragrack.settings import Settings
 from ragrack.snapshot import SnapshotError
 
 from .conftest import database_settings
-from .server import Server
 from .suite import crowd, filters, found, node, publish, unit
 
 pytestmark = pytest.mark.hosts

@@ -19,7 +19,7 @@ from pathlib import Path
 from testhosts import image
 from testhosts.shell import locked
 
-CACHE = Path(__file__).parents[3] / ".cache"
+CACHE = Path(__file__).parents[2] / ".cache"
 PACKAGES = ("postgresql-17", "postgresql-17-pgvector")
 BIN = "/usr/lib/postgresql/17/bin"
 START_TIMEOUT_S = 30
