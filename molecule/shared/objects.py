@@ -15,7 +15,7 @@ set -eu
 export DEBIAN_FRONTEND=noninteractive
 apt-get -qq update
 apt-get -qq install -y --no-install-recommends swift-proxy swift-account swift-container swift-object memcached \
-  >/dev/null 2>&1
+  python3-swiftclient >/dev/null 2>&1
 mkdir -p /srv/swift/one
 cd /etc/swift
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout key.pem -out cert.pem -days 30 \
@@ -81,6 +81,11 @@ chown -R swift: /etc/swift /srv/swift
 for kind in account container object proxy; do
   systemd-run --unit=objects-$kind -p User=swift swift-$kind-server /etc/swift/$kind-server.conf
 done
+ask="swift --insecure -A https://127.0.0.1:8443/auth/v1.0 -U tests:keeper -K $secret"
+timeout 60 sh -c "until $ask post $bucket; do sleep 1; done" 2>/dev/null
+if nft list table inet ragrack >/dev/null 2>&1; then
+  nft insert rule inet ragrack input tcp dport 8443 accept
+fi
 """
 
 
@@ -93,7 +98,7 @@ class Store:
 
     @property
     def bucket(self) -> str:
-        """As restic and our variables name it; whoever comes first makes it."""
+        """As restic and our variables name it."""
         return f"s3:https://{NAME}:8443/{BUCKET}"
 
     def introduce(self, client: Host) -> None:
@@ -107,7 +112,7 @@ class Store:
 
 def serve(host: Host) -> Store:
     servers = "".join(f"kind={kind} port={port}\n{SERVER}" for kind, port in SERVERS.items())
-    host.run(f"name={NAME} secret={SECRET}\n{BEFORE}{servers}{PROXY}")
+    host.run(f"name={NAME} secret={SECRET} bucket={BUCKET}\n{BEFORE}{servers}{PROXY}")
     return Store(host, host.run("cat /etc/swift/cert.pem"))
 
 
