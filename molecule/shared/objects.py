@@ -62,21 +62,12 @@ account_autocreate = true
 [filter:tempauth]
 use = egg:swift#tempauth
 user_tests_keeper = $secret .admin
-[filter:catch_errors]
-use = egg:swift#catch_errors
-[filter:gatekeeper]
-use = egg:swift#gatekeeper
 [filter:cache]
 use = egg:swift#memcache
-[filter:s3api]
-use = egg:swift#s3api
-[filter:bulk]
-use = egg:swift#bulk
-[filter:slo]
-use = egg:swift#slo
-[filter:dlo]
-use = egg:swift#dlo
 EOF
+for filter in catch_errors gatekeeper s3api bulk slo dlo; do
+  printf '[filter:%s]\\nuse = egg:swift#%s\\n' $filter $filter >>proxy-server.conf
+done
 chown -R swift: /etc/swift /srv/swift
 for kind in account container object proxy; do
   systemd-run --unit=objects-$kind -p User=swift swift-$kind-server /etc/swift/$kind-server.conf
