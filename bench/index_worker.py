@@ -130,14 +130,14 @@ def _queries(questions: Path, cases: dict[str, tuple[str, str | None]]) -> dict[
     vectors, texts = asked["vectors"].tolist(), asked["texts"].tolist()
     return {
         name: [
-            _query(vector, text, mode, None if tenant is None else str(asked[tenant][number]))
+            as_query(vector, text, mode, None if tenant is None else str(asked[tenant][number]))
             for number, (vector, text) in enumerate(zip(vectors, texts, strict=True))
         ]
         for name, (mode, tenant) in cases.items()
     }
 
 
-def _query(vector: list[float], text: str, mode: str, tenant: str | None) -> VectorStoreQuery:
+def as_query(vector: list[float], text: str, mode: str, tenant: str | None) -> VectorStoreQuery:
     # As it comes from the embedding and from the request: checked there already.
     return VectorStoreQuery(
         query_embedding=vector,

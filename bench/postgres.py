@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 from index import CACHE, CORES, DEMO, manual, say, stage
 from index_corpus import Corpus
-from index_worker import K
-from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode
+from index_worker import as_query
 from models import newest_model
-from postgres_server import Server, installed
+from postgres_server import Server, database_settings, installed
 from ragrack import catalog
 from ragrack.fingerprint import Fingerprint
 from ragrack.move import move
@@ -91,10 +90,7 @@ def _one(server: Server, root: Path, model: Path, corpus: Corpus, nodes: int) ->
             "documents_dir": root / "documents",
             "golden_dir": root / "golden",
             "embed_model_dir": model,
-            "vector_store": "postgres",
-            "postgres_hosts": (server.address,),
-            "postgres_sslrootcert": server.ca,
-            "postgres_password": server.password,
+            **database_settings(server),
         }
     )
     fingerprint = Fingerprint.of(settings).digest
@@ -108,10 +104,8 @@ def _one(server: Server, root: Path, model: Path, corpus: Corpus, nodes: int) ->
     size = _bytes(server) - before
     say(f"{nodes} nodes: ask")
     store = catalog.snapshots(settings, "bench", fingerprint).open(moved.snapshot.id)
-    queries = [
-        VectorStoreQuery(query_embedding=vector, query_str=text, similarity_top_k=K, mode=VectorStoreQueryMode.HYBRID)
-        for vector, text in zip(corpus.question_vectors.tolist(), corpus.questions, strict=True)
-    ]
+    asked = zip(corpus.question_vectors.tolist(), corpus.questions, strict=True)
+    queries = [as_query(vector, text, "hybrid", None) for vector, text in asked]
     with contextlib.closing(store):
         for query in queries:
             store.query(query)

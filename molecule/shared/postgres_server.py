@@ -205,6 +205,16 @@ class Server:
         return True
 
 
+def database_settings(server: Server, *others: Server) -> dict[str, object]:
+    """What a `Settings` must have to find it."""
+    return {
+        "vector_store": "postgres",
+        "postgres_hosts": tuple(one.address for one in (server, *others)),
+        "postgres_sslrootcert": server.ca,
+        "postgres_password": server.password,
+    }
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

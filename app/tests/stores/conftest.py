@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from llama_index.core.schema import TextNode
-from postgres_server import Server, installed
+from postgres_server import Server, database_settings, installed
 from ragrack import catalog
 from ragrack.catalog import Snapshots
 from ragrack.settings import Settings
@@ -54,16 +54,6 @@ def qdrant() -> Iterator[QdrantServer]:
 
 def qdrant_settings(server: QdrantServer) -> dict[str, object]:
     return {"vector_store": "qdrant", "qdrant_url": server.url, "qdrant_api_key": server.key}
-
-
-def database_settings(server: Server, *others: Server) -> dict[str, object]:
-    """What a `Settings` must have to find it."""
-    return {
-        "vector_store": "postgres",
-        "postgres_hosts": tuple(one.address for one in (server, *others)),
-        "postgres_sslrootcert": server.ca,
-        "postgres_password": server.password,
-    }
 
 
 @pytest.fixture(scope="session", params=STORES)

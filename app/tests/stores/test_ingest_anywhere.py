@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from postgres_server import Server
+from postgres_server import Server, database_settings
 from ragrack import catalog, move
 from ragrack.catalog import Snapshots
 from ragrack.embedding import MiniLMEmbedding
@@ -16,8 +16,6 @@ from ragrack.ingest import IngestError, ingest
 from ragrack.move import MoveError
 from ragrack.publish import staged_at
 from ragrack.settings import Settings
-
-from .conftest import database_settings
 
 pytestmark = pytest.mark.hosts
 

@@ -14,7 +14,7 @@ import numpy as np
 import psycopg
 import pytest
 from llama_index.core.vector_stores.types import VectorStoreQuery
-from postgres_server import Server
+from postgres_server import Server, database_settings
 from ragrack import catalog, deadline, postgres_client
 from ragrack.catalog import Snapshots
 from ragrack.handle import IndexHandle
@@ -23,7 +23,6 @@ from ragrack.postgres_store import PostgresVectorStore
 from ragrack.settings import Settings
 from ragrack.snapshot import SnapshotError
 
-from .conftest import database_settings
 from .suite import crowd, filters, found, node, publish, unit
 
 pytestmark = pytest.mark.hosts
